@@ -1,0 +1,86 @@
+"""kakusan (拡散, "diffusion"): diffusion models as stochastic differential equations.
+
+Everything public is importable from here; heavy rooms open when they are first entered, so that
+`import kakusan` stays as light as torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from kakusan.core import grids as grids
+
+# floor 0: core
+from kakusan.core.calculus import gram_divergence as gram_divergence
+from kakusan.core.calculus import probed_gram_divergence as probed_gram_divergence
+from kakusan.core.noise import Fresh as Fresh
+from kakusan.core.noise import Keyed as Keyed
+from kakusan.core.noise import Recorded as Recorded
+from kakusan.core.operators import Dense as Dense
+from kakusan.core.operators import Diagonal as Diagonal
+from kakusan.core.operators import NotElliptic as NotElliptic
+from kakusan.core.operators import Operator as Operator
+from kakusan.core.operators import Scale as Scale
+from kakusan.core.operators import Zero as Zero
+from kakusan.errors import KakusanError as KakusanError
+from kakusan.errors import UsageError as UsageError
+
+# floor 3: models
+from kakusan.models.denoiser import Denoiser as Denoiser
+from kakusan.models.nets.mlp import MLP as MLP
+from kakusan.models.nets.unet import UNet as UNet
+from kakusan.models.score import ExactEmpirical as ExactEmpirical
+from kakusan.models.score import ExactMixture as ExactMixture
+
+# floor 3: objectives
+from kakusan.objectives.matching import SNR as SNR
+from kakusan.objectives.matching import Denoising as Denoising
+from kakusan.objectives.matching import Importance as Importance
+from kakusan.objectives.matching import Karras as Karras
+from kakusan.objectives.matching import Likelihood as Likelihood
+from kakusan.objectives.matching import LogNormal as LogNormal
+from kakusan.objectives.matching import Stratified as Stratified
+from kakusan.objectives.matching import Uniform as Uniform
+from kakusan.objectives.matching import UniformTimes as UniformTimes
+
+# floor 1: processes
+from kakusan.processes.linear import DDPM as DDPM
+from kakusan.processes.linear import EDM as EDM
+from kakusan.processes.linear import VE as VE
+from kakusan.processes.linear import VP as VP
+from kakusan.processes.linear import Cosine as Cosine
+from kakusan.processes.linear import LinearSDE as LinearSDE
+from kakusan.processes.linear import Rectified as Rectified
+from kakusan.processes.linear import SubVP as SubVP
+from kakusan.processes.linear import angle_grid as angle_grid
+from kakusan.processes.linear import log_snr_grid as log_snr_grid
+from kakusan.processes.sde import SDE as SDE
+from kakusan.processes.transforms import probability_flow as probability_flow
+from kakusan.processes.transforms import reverse as reverse
+from kakusan.processes.transforms import tilt as tilt
+
+# floor 2: solvers
+from kakusan.solvers.exponential import Ancestral as Ancestral
+from kakusan.solvers.exponential import Multistep as Multistep
+from kakusan.solvers.exponential import generate as generate
+from kakusan.solvers.methods import EulerMaruyama as EulerMaruyama
+from kakusan.solvers.methods import Heun as Heun
+from kakusan.solvers.solve import Method as Method
+from kakusan.solvers.solve import Path as Path
+from kakusan.solvers.solve import solve as solve
+
+if TYPE_CHECKING:
+    from kakusan.pipeline import DiffusionModel as DiffusionModel
+    from kakusan.training.config import Config as Config
+
+__version__ = "0.1.0"
+
+# rooms that need more than torch: opened by name
+_ROOMS = {"DiffusionModel": "kakusan.pipeline", "Config": "kakusan.training.config"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return getattr(importlib.import_module(_ROOMS[name]), name)
+    raise AttributeError(f"kakusan has no {name!r}")

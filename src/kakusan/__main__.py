@@ -1,0 +1,5 @@
+"""`python -m kakusan` is `kakusan`."""
+
+from kakusan.cli import main
+
+main()

@@ -1,0 +1,349 @@
+"""The command line: train, sample, evaluate.
+
+Every verb prints what it made and where; `--json` prints one JSON object instead. Errors are one
+sentence: exit code 2 where the request is wrong, 1 where the work failed, 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kakusan.errors import KakusanError, UsageError
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Diffusion models written as what they are: stochastic differential equations.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as train makes it.")]
+Steps = Annotated[int | None, typer.Option(help="Evaluations of the network a sample.", min=1)]
+Noise = Annotated[
+    float | None,
+    typer.Option(help="0: probability-flow ODE; 1: Anderson's reverse SDE.", min=0, max=1),
+]
+Label = Annotated[
+    str | None, typer.Option(help="Classes to draw, as 3 or cat,dog; default: as in the data.")
+]
+Guidance = Annotated[float | None, typer.Option(help="Weight of the label; 1 is plain.", min=0)]
+Seed = Annotated[int, typer.Option(help="Fixes every sample.", min=0)]
+Batch = Annotated[int, typer.Option(help="Samples at a time; bounds the memory.", min=1)]
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.")
+    ] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"kakusan {installed('kakusan')}")
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="digits, two-moons, ..., a file (.npy .npz .csv .parquet), a folder "
+            "(pictures, IDX, CIFAR-10), or hub:NAME.  [default: digits]"
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder.  [default: runs/NAME]")] = None,
+    config: Annotated[Path | None, typer.Option(help="A YAML file of settings.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved settings and stop.")
+    ] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Train a diffusion model on data.
+
+    Example:  kakusan train --data digits --out runs/digits train.steps=500
+    """  # fmt: skip
+    from kakusan.training.config import configure
+
+    words = [*(overrides or []), *([f"data.source={json.dumps(data)}"] if data else [])]
+    base = _stored(out, words) if resume else None
+    settings = configure(config, words, base)
+    if dry_run:
+        _print_settings(settings, as_json)
+        return
+    folder = out or Path("runs") / _name(settings.data.source)
+    _refuse_overwrite(folder, resume)
+    from kakusan.pipeline import DiffusionModel
+
+    model = DiffusionModel.fit(settings, out=folder, resume=resume, quiet=quiet or as_json)
+    count = sum(p.numel() for p in model.denoiser.parameters())
+    pictures = sorted((folder / "samples").glob("step-*.png"), key=lambda p: p.stat().st_mtime)
+    if as_json:
+        _print_json(out=str(folder), parameters=count, **model.report)
+        return
+    t = model.config.train
+    seconds = model.report["seconds"]
+    print(f"trained {count:,} parameters for {t.steps} steps in {seconds:.0f} s ({t.precision}, "
+          f"{t.device}); last loss {model.report['loss']:.4f}")  # fmt: skip
+    print(f"  weights   {folder / 'model.safetensors'}")
+    if pictures:
+        print(f"  samples   {pictures[-1]}")
+    print(f"  next      kakusan sample {folder}   or   kakusan evaluate {folder}")
+
+
+@app.command()
+def sample(
+    run: Run,
+    n: Annotated[int, typer.Option("-n", help="How many.", min=1)] = 64,
+    steps: Steps = None,
+    noise: Noise = None,
+    seed: Seed = 0,
+    label: Label = None,
+    guidance: Guidance = None,
+    batch: Batch = 256,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Where to: .png, .npz, .csv or .parquet.  [default: RUN/samples/...]"),
+    ] = None,
+    trajectory: Annotated[
+        bool, typer.Option("--trajectory", help="Draw the way from noise to data as well.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Draw samples from a trained model.
+
+    Example:  kakusan sample runs/digits -n 64 --steps 20 --seed 0 --out x.png
+    """
+    from kakusan.pipeline import DiffusionModel
+
+    model = DiffusionModel.load(run, device)
+    path = out or run / "samples" / f"seed-{seed}.{_suffix(model)}"
+    _check_suffix(path, model)
+    options: dict[str, Any] = {
+        "steps": steps, "noise": noise, "seed": seed, "label": _labels(label),
+        "guidance": guidance, "batch": batch,
+    }  # fmt: skip
+    x = model.sample(n, **options, quiet=quiet or as_json)
+    made = {"samples": str(_write(model, x, path))}
+    if model.codec.kind != "images" and path.suffix != ".png":
+        made["picture"] = str(model.show(x, path.with_suffix(".png")))
+    if trajectory:
+        way = model.trajectory(min(n, 8 if model.codec.kind == "images" else 200), **options)
+        picture = path.with_name(f"{path.stem}-trajectory.png")
+        made["trajectory"] = str(model.show(way, picture))
+    if as_json:
+        _print_json(n=n, seed=seed, **made)
+        return
+    for word, place in made.items():
+        print(f"  {word:11}{place}")
+
+
+@app.command()
+def evaluate(
+    run: Run,
+    n: Annotated[
+        int | None,
+        typer.Option("-n", help="How many samples.  [default: as held-out data]", min=2),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Where the data are now, if they have moved.")
+    ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(help="pixels-pca64, random-conv-0 or classifier."),
+    ] = None,
+    limit: Annotated[int, typer.Option(help="Most held-out points to use.", min=2)] = 5000,
+    steps: Steps = None,
+    noise: Noise = None,
+    seed: Seed = 0,
+    guidance: Guidance = None,
+    batch: Batch = 256,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Judge a trained model against held-out data.
+
+    Every number stands beside its error bar and its floor: the same number for training data in
+    the place of samples.
+
+    Example:  kakusan evaluate runs/digits
+    """
+    from kakusan import pictures
+    from kakusan.pipeline import DiffusionModel, stored
+    from kakusan.training import files
+    from kakusan.training.data import load
+
+    model = DiffusionModel.load(run, device)
+    section = model.config.data
+    if data is not None:
+        section = section.model_copy(update={"source": data})
+    found = model.evaluate(
+        n, data=load(section, model.config.seed, *stored(run)), features=features, seed=seed,
+        limit=limit, steps=steps, noise=noise, guidance=guidance, batch=batch,
+        quiet=quiet or as_json,
+    )  # fmt: skip
+    record = found.to_json()
+    files.write_json(run / "evaluation.json", record)
+    picture = pictures.evaluation(found, model.codec, run / "evaluation.png")
+    if as_json:
+        _print_json(**record, file=str(run / "evaluation.json"), picture=str(picture))
+        return
+    print(found)
+    print(f"  numbers   {run / 'evaluation.json'}\n  picture   {picture}")
+
+
+# --- small helpers
+
+
+def _stored(out: Path | None, words: list[str]) -> dict[str, Any]:
+    from kakusan.training import files
+
+    if out is None:
+        raise UsageError("--resume needs --out, the run folder to go on with")
+    if not (out / "config.json").is_file():
+        raise KakusanError(f"there is no run to resume in {out}; start it without --resume")
+    fixed = [w for w in words if not w.startswith(("train.", "sample."))]
+    if fixed:
+        raise UsageError(
+            f"{fixed[0].partition('=')[0]} cannot change when a run resumes; train.* and sample.* "
+            "can, anything else is a new run: use another --out"
+        )
+    return files.read_json(out / "config.json")
+
+
+def _refuse_overwrite(folder: Path, resume: bool) -> None:
+    if not resume and (folder / "config.json").exists():
+        raise UsageError(
+            f"{folder} already holds a run; go on with it by --resume --out {folder}, choose "
+            "another --out, or remove it"
+        )
+
+
+def _name(source: str) -> str:
+    """A folder name for a data source: its last word, without ending."""
+    return Path(source.removeprefix("hub:")).name.split(".")[0] or "run"
+
+
+def _labels(words: str | None) -> list[int | str] | None:
+    return None if words is None else [w.strip() for w in words.split(",")]
+
+
+def _suffix(model: Any) -> str:
+    return {"images": "png", "vectors": "npz", "table": "csv"}[model.codec.kind]
+
+
+def _check_suffix(path: Path, model: Any) -> None:
+    fits = {
+        "images": (".png", ".npz"),
+        "vectors": (".npz", ".png"),
+        "table": (".csv", ".parquet", ".npz", ".png"),
+    }[model.codec.kind]
+    if path.suffix not in fits:
+        raise UsageError(
+            f"samples of {model.codec.kind} are written as {', '.join(fits)}, not {path.name!r}"
+        )
+
+
+def _write(model: Any, x: Any, path: Path) -> Path:
+    import numpy as np
+
+    from kakusan.training import files
+
+    if path.suffix == ".png":
+        return model.show(x, path)
+    decoded = model.decode(x)
+    with files.whole(path) as draft:
+        with draft.open("wb") as handle:
+            if path.suffix == ".npz" and isinstance(decoded, np.ndarray):
+                np.savez_compressed(handle, x=decoded)
+            elif path.suffix == ".npz":
+                columns = {c: np.asarray(decoded[c].to_pylist()) for c in decoded.column_names}
+                np.savez_compressed(handle, allow_pickle=False, **columns)
+            elif path.suffix == ".csv":
+                import pyarrow.csv
+
+                pyarrow.csv.write_csv(decoded, handle)
+            else:
+                import pyarrow.parquet
+
+                pyarrow.parquet.write_table(decoded, handle)
+    return path
+
+
+def _print_settings(settings: Any, as_json: bool) -> None:
+    import yaml
+
+    tree = settings.model_dump()
+    print(json.dumps(tree) if as_json else yaml.safe_dump(tree, sort_keys=False).rstrip())
+
+
+def _print_json(**values: Any) -> None:
+    print(json.dumps(values))
+
+
+def main(args: list[str] | None = None) -> None:
+    """The entry point: runs a verb, and turns every error into one sentence and an exit code."""
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    sys.exit(_run(args))
+
+
+def _run(args: list[str] | None) -> int:
+    args = sys.argv[1:] if args is None else args
+    try:
+        return app(args or ["--help"], standalone_mode=False) or 0
+    except typer.TyperException as error:
+        return _fail(_typer_sentence(error), error.exit_code)
+    except UsageError as error:
+        return _fail(str(error), 2)
+    except KakusanError as error:
+        return _fail(str(error), 1)
+    except (KeyboardInterrupt, typer.Abort) as error:
+        step, folder = getattr(error, "step", None), getattr(error, "folder", None)
+        kept = f"; a checkpoint is kept: kakusan train --resume --out {folder}" if folder else ""
+        return _fail(f"stopped by Ctrl-C{f' after step {step}' if step else ''}{kept}", 130)
+    except Exception as error:  # noqa: BLE001 - a person gets a sentence, never a traceback
+        if "KAKUSAN_DEBUG" in os.environ:
+            raise
+        words = " ".join(str(error).split()) or "no further words"
+        return _fail(f"unexpected {type(error).__name__}: {words[:400]} "
+                     "(KAKUSAN_DEBUG=1 shows where)", 1)  # fmt: skip
+
+
+def _typer_sentence(error: typer.TyperException) -> str:
+    """Typer's message, with the nearest known verb or option."""
+    message = error.format_message().rstrip(".")
+    if message.startswith("No such command"):
+        word = message.split("'")[1]
+        verbs = [c.callback.__name__ for c in app.registered_commands if c.callback]
+        near = difflib.get_close_matches(word, verbs, 1, 0.5)
+        hint = f"did you mean {near[0]}?" if near else f"the verbs are {', '.join(verbs)}"
+        return f"unknown verb {word!r}; {hint}"
+    return message
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"kakusan: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Floor 0: shapes, operators, calculus, noise and time grids. Needs torch alone."""

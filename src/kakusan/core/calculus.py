@@ -1,0 +1,74 @@
+r"""Divergences of operator fields, exact or by random probes.
+
+The reverse of an SDE with state-dependent noise needs (∇·GGᵀ)_i = Σ_j ∂_j (GGᵀ)_ij: the sum over j
+of the derivative of x ↦ GGᵀ(x) e_j along e_j. `gram_divergence` evaluates all d of them in one
+batched forward-mode pass. With random signs z instead of the e_j, E[∂_z (GGᵀ z)] is the same
+vector: `probed_gram_divergence` does that with a standard error, for large d.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kakusan.core.operators import Operator
+from kakusan.core.types import State, Time
+
+Diffusion = Callable[[State, Time], Operator]
+
+
+class Probed(NamedTuple):
+    """A random estimate and its standard error, both like the state."""
+
+    value: Tensor
+    std_error: Tensor
+
+
+def _along(diffusion: Diffusion, x: State, t: Time, z: Tensor) -> Tensor:
+    """∂_z (GGᵀ(x) z) for k directions at once: z is (k, B, *shape), and so is the result."""
+    k = len(z)
+    # one large batch instead of vmap: the user's function needs to know nothing of transforms
+    many = x.repeat(k, *(1,) * (x.ndim - 1))
+    times = t.repeat(k) if t.ndim == 1 else t
+    flat = z.reshape(many.shape)
+    along = torch.func.jvp(lambda y: diffusion(y, times).gram(flat), (many,), (flat,))
+    return along[1].reshape(z.shape)
+
+
+def gram_divergence(diffusion: Diffusion, x: State, t: Time) -> State:
+    r"""The vector Σ_j ∂_j (GGᵀ)_ij, by forward-mode differentiation in d directions.
+
+    Arguments:
+        diffusion: The field (x, t) -> Operator.
+        x: States, with shape (B, *shape) of d numbers each.
+        t: Times, with shape () or (B,).
+
+    Example:
+        >>> from kakusan.core.operators import Diagonal
+        >>> x = torch.tensor([[0.5, -1.0]], dtype=torch.float64)
+        >>> gram_divergence(lambda x, t: Diagonal(1 + x**2), x, torch.tensor(0.0))
+        tensor([[ 2.5000, -8.0000]], dtype=torch.float64)
+    """
+    d = x[0].numel()
+    basis = torch.eye(d, dtype=x.dtype, device=x.device).reshape(d, 1, *x.shape[1:])
+    return _along(diffusion, x, t, basis.expand(d, *x.shape)).sum(0)
+
+
+def probed_gram_divergence(
+    diffusion: Diffusion, x: State, t: Time, probes: int, generator: torch.Generator | None = None
+) -> Probed:
+    """The same vector from random signs, with its standard error.
+
+    Arguments:
+        diffusion: The field (x, t) -> Operator.
+        x: States, with shape (B, *shape).
+        t: Times, with shape () or (B,).
+        probes: How many random directions, at least 2.
+        generator: Where the signs come from.
+    """
+    bits = torch.randint(
+        0, 2, (probes, *x.shape), generator=generator, device=x.device, dtype=torch.int8
+    )
+    each = _along(diffusion, x, t, (2 * bits - 1).to(x.dtype))
+    return Probed(each.mean(0), each.std(0) / probes**0.5)

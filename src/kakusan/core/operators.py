@@ -1,0 +1,180 @@
+r"""What the diffusion G is at a point: a linear operator from noise to state.
+
+An SDE dx = f dt + G dw only ever *applies* G, so nobody branches on its form:
+
+====================  =========================  ===================================
+form                  G                          noise shape
+====================  =========================  ===================================
+``Scale(g)``          g I, g of shape () or (B,)  that of the state
+``Diagonal(g)``       diag(g), g like the state   that of the state
+``Dense(G)``          (d, m) or (B, d, m)         (B, m), acting on flattened states
+``Zero()``            0                           none is drawn
+====================  =========================  ===================================
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+
+import torch
+from torch import Tensor
+
+from kakusan.core.types import State, per_sample
+from kakusan.errors import KakusanError
+
+
+class NotElliptic(KakusanError):
+    """A routine needs the inverse of G, and G has none."""
+
+
+class Operator(abc.ABC):
+    """The value of G at one point (x, t)."""
+
+    deterministic = False
+
+    @abc.abstractmethod
+    def mv(self, z: Tensor) -> State:
+        """G z, from noise to state."""
+
+    @abc.abstractmethod
+    def tmv(self, v: State) -> Tensor:
+        """Gᵀ v, from state to noise."""
+
+    @abc.abstractmethod
+    def tsolve(self, z: Tensor) -> State:
+        """G⁻ᵀ z; raises `NotElliptic` where G has no inverse."""
+
+    @abc.abstractmethod
+    def scaled(self, c: float) -> Operator:
+        """The operator c G."""
+
+    @abc.abstractmethod
+    def logabsdet(self, x: State) -> Tensor:
+        """log|det G| for the states x, with shape (B,)."""
+
+    def gram(self, v: State) -> State:
+        """G Gᵀ v."""
+        return self.mv(self.tmv(v))
+
+    def noise_shape(self, x: State) -> tuple[int, ...]:
+        """The shape of dw beside the state x."""
+        return tuple(x.shape)
+
+
+class Zero(Operator):
+    """No noise: what makes an SDE an ODE.
+
+    Example:
+        >>> Zero().mv(torch.ones(2, 3))
+        tensor([[0., 0., 0.],
+                [0., 0., 0.]])
+    """
+
+    deterministic = True
+
+    def mv(self, z: Tensor) -> State:  # noqa: D102
+        return torch.zeros_like(z)
+
+    def tmv(self, v: State) -> Tensor:  # noqa: D102
+        return torch.zeros_like(v)
+
+    def tsolve(self, z: Tensor) -> State:  # noqa: D102
+        raise NotElliptic("this SDE has no noise (G = 0), so G has no inverse")
+
+    def scaled(self, c: float) -> Zero:  # noqa: D102
+        return self
+
+    def logabsdet(self, x: State) -> Tensor:  # noqa: D102
+        return x.new_full(x.shape[:1], -math.inf)
+
+
+class Scale(Operator):
+    """g times the identity, with g of shape () or (B,).
+
+    Example:
+        >>> Scale(2.0).gram(torch.ones(1, 3))
+        tensor([[4., 4., 4.]])
+    """
+
+    def __init__(self, g: float | Tensor) -> None:
+        self.g = torch.as_tensor(g)
+
+    def _beside(self, x: Tensor) -> Tensor:
+        return per_sample(self.g, x)
+
+    def mv(self, z: Tensor) -> State:  # noqa: D102
+        return self._beside(z) * z
+
+    def tmv(self, v: State) -> Tensor:  # noqa: D102
+        return self._beside(v) * v
+
+    def tsolve(self, z: Tensor) -> State:  # noqa: D102
+        if (self.g == 0).any():
+            raise NotElliptic(f"G = {self.g.tolist()} is zero, so it has no inverse")
+        return z / self._beside(z)
+
+    def scaled(self, c: float) -> Scale:  # noqa: D102
+        return type(self)(c * self.g)
+
+    def logabsdet(self, x: State) -> Tensor:  # noqa: D102
+        return self._beside(x).abs().log().expand_as(x).flatten(1).sum(1)
+
+
+class Diagonal(Scale):
+    """diag(g), with g broadcastable to the state (B, *shape).
+
+    Example:
+        >>> Diagonal(torch.tensor([[1.0, 2.0]])).mv(torch.ones(1, 2))
+        tensor([[1., 2.]])
+    """
+
+    def _beside(self, x: Tensor) -> Tensor:
+        return self.g.to(x.dtype)
+
+
+class Dense(Operator):
+    """A full matrix, (d, m) or (B, d, m), acting on flattened states of d numbers.
+
+    Example:
+        >>> Dense(torch.tensor([[1.0, 1.0], [0.0, 1.0]])).mv(torch.ones(1, 2))
+        tensor([[2., 1.]])
+    """
+
+    def __init__(self, G: Tensor) -> None:
+        self.G = G
+
+    def _times(self, G: Tensor, v: Tensor) -> Tensor:
+        # small matrices: a broadcast product beats a batched gemm, and takes any derivative
+        return (G * v.flatten(1).unsqueeze(-2)).sum(-1)
+
+    def mv(self, z: Tensor) -> State:  # noqa: D102
+        Gz = self._times(self.G, z)
+        return Gz.reshape(z.shape) if Gz.numel() == z.numel() else Gz
+
+    def tmv(self, v: State) -> Tensor:  # noqa: D102
+        Gv = self._times(self.G.mT, v)
+        return Gv.reshape(v.shape) if Gv.numel() == v.numel() else Gv
+
+    def gram(self, v: State) -> State:  # noqa: D102
+        return self._times(self.G, self._times(self.G.mT, v)).reshape(v.shape)
+
+    def tsolve(self, z: Tensor) -> State:  # noqa: D102
+        d, m = self.G.shape[-2:]
+        if d != m:
+            raise NotElliptic(f"G is {d} x {m}, and only a square matrix has an inverse")
+        Gt = self.G.mT.expand(len(z), d, d)
+        solution, info = torch.linalg.solve_ex(Gt, z.flatten(1).unsqueeze(-1))
+        if (info != 0).any():
+            raise NotElliptic(f"G is singular for {int((info != 0).sum())} of {len(z)} states")
+        return solution.squeeze(-1).reshape(z.shape)
+
+    def scaled(self, c: float) -> Dense:  # noqa: D102
+        return Dense(c * self.G)
+
+    def logabsdet(self, x: State) -> Tensor:  # noqa: D102
+        return torch.linalg.slogdet(self.G).logabsdet.expand(len(x))
+
+    def noise_shape(self, x: State) -> tuple[int, ...]:  # noqa: D102
+        m = self.G.shape[-1]
+        return tuple(x.shape) if m == x[0].numel() else (len(x), m)

@@ -1,0 +1,106 @@
+"""Everything `evaluate` says about a model, in one record.
+
+Each number stands beside its error bar, the number of samples it comes from, and its floor: the
+same number for training data in the place of samples, which is what a perfect model would score.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kakusan.inference.features import features_named
+from kakusan.inference.levels import Levels, loss_by_level
+from kakusan.inference.metrics import Row, compare
+from kakusan.models.denoiser import Denoiser
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found.
+
+    Attributes:
+        metrics: Each metric by name, with its floor.
+        levels: The denoising loss by noise level, on held-out data.
+        samples: The samples that were judged, (n, *shape), in model units.
+        test: The held-out data they were judged against.
+    """
+
+    metrics: dict[str, Row]
+    levels: Levels
+    samples: Tensor
+    test: Tensor
+
+    def to_json(self) -> dict[str, Any]:
+        """Numbers alone, for a file."""
+        levels = {
+            "t": self.levels.t.tolist(),
+            "angle": self.levels.angle.tolist(),
+            "loss": self.levels.loss.tolist(),
+            "std_error": self.levels.std_error.tolist(),
+            "n": self.levels.n,
+        }
+        return {"metrics": {k: r._asdict() for k, r in self.metrics.items()}, "levels": levels}
+
+    def __str__(self) -> str:
+        lines = [f"{'':22}{'value':>12}{'+-':>11}{'floor':>12}{'+-':>11}{'n':>7}  measured on"]
+        for name, r in self.metrics.items():
+            words = name.replace("_", " ")
+            lines.append(
+                f"{words:22}{r.value:12.4g}{r.std_error:11.2g}{r.floor:12.4g}"
+                f"{r.floor_std_error:11.2g}{r.n:7d}  {r.features}"
+            )
+        spread = self.levels.std_error.square().sum().sqrt().item() / len(self.levels.t)
+        lines.append(
+            f"{'denoising loss':22}{self.levels.mean:12.4g}{spread:11.2g}{'':23}"
+            f"{self.levels.n:7d}  {len(self.levels.t)} noise levels"
+        )
+        return "\n".join(lines)
+
+
+def gather(source: Any, most: int, seed: int) -> tuple[Tensor, Tensor | None]:
+    """At most so many samples of a data source, drawn by seed, with their labels."""
+    n = len(source)
+    if n <= most:
+        return source.batch(torch.arange(n))
+    drawn = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:most]
+    return source.batch(drawn.sort().values)
+
+
+def evaluate(
+    model: Denoiser,
+    samples: Tensor,
+    test: Tensor,
+    train: Tensor,
+    label: Tensor | None = None,
+    train_label: Tensor | None = None,
+    features: str | None = None,
+    seed: int = 0,
+    limit: int = 5000,
+) -> Evaluation:
+    """Judges samples and their model against held-out data.
+
+    Arguments:
+        model: The denoiser, for its loss by noise level.
+        samples: Its samples, (n, *shape).
+        test: Held-out data, (M, *shape).
+        train: Training data, (K, *shape).
+        label: The labels of the held-out data, where the model knows labels.
+        train_label: The labels of the training data, for features that learn from them.
+        features: A named feature map; pixels for vectors, a random network for images otherwise.
+        seed: Draws subsets, directions and folds.
+        limit: The most samples and held-out points to use.
+    """
+    name = features or (
+        "random-conv-0" if test.ndim == 4 and min(test.shape[2:]) >= 8 else "pixels-pca64"
+    )
+    named = features_named(name, train, train_label)
+    metrics = compare(samples, test, train, named, seed, limit)
+    device = next(model.parameters()).device
+    some = slice(0, min(len(test), 1024))
+    known = None if label is None else label[some].to(device)
+    levels = loss_by_level(model, test[some].to(device), known, seed=seed)
+    return Evaluation(metrics, levels, samples, test)

@@ -1,0 +1,1 @@
+"""Floor 3: networks, and what a network's output means."""

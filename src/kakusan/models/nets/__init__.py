@@ -1,0 +1,1 @@
+"""Plain networks (x, t, label) -> like x; they know nothing of diffusion."""

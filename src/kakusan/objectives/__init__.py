@@ -1,0 +1,1 @@
+"""Floor 3: what a network is trained to minimise."""

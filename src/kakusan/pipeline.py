@@ -1,0 +1,394 @@
+"""The six-line door: `DiffusionModel` fits, samples, judges, saves and loads.
+
+Samples are tensors in model units: images in [-1, 1], vectors and tables standardised. `decode`
+takes them back to the units, columns and types of the data.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kakusan import pictures
+from kakusan.core.noise import Keyed
+from kakusan.errors import KakusanError, UsageError
+from kakusan.inference import judge
+from kakusan.models.denoiser import Denoiser
+from kakusan.solvers.exponential import generate
+from kakusan.training import checkpoint, files
+from kakusan.training.build import denoiser, resolved
+from kakusan.training.config import Config, configure
+from kakusan.training.data import Codec, Data, Source, Stream, as_data, codec_from_json, load
+from kakusan.training.fit import fit
+from kakusan.training.placement import device_of
+from kakusan.training.progress import progress
+
+START, PATH, CLASS = 6, 7, 8  # separate the uses of one seed
+
+
+@dataclass
+class DiffusionModel:
+    """A trained denoiser, and what its numbers mean.
+
+    Attributes:
+        config: The run it comes from, resolved and complete.
+        denoiser: The network with its process; in evaluation mode.
+        codec: How data become numbers and back.
+        classes: The names of the labels, or None.
+        shares: The share of each label in the training data.
+        data: What it was trained on, where that is at hand.
+        report: What training had to say: seconds, loss.
+    """
+
+    config: Config
+    denoiser: Denoiser
+    codec: Codec
+    classes: tuple[str, ...] | None = None
+    shares: tuple[float, ...] | None = None
+    data: Data | None = None
+    report: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def fit(
+        cls,
+        source: str | Path | Tensor | np.ndarray | Config = "digits",
+        labels: Any = None,
+        *,
+        out: str | Path | None = None,
+        resume: bool = False,
+        quiet: bool = False,
+        **options: Any,
+    ) -> DiffusionModel:
+        """Trains a model.
+
+        Arguments:
+            source: A name (`digits`, `two-moons`), a file or folder, a tensor, an array, or a
+                whole `Config`.
+            labels: Class labels of a tensor or array, one a sample.
+            out: A run folder to keep checkpoints, metrics and pictures in.
+            resume: Whether to go on with the run in `out`.
+            quiet: Whether to show no progress.
+            **options: Sections of the configuration: `train={"steps": 500}`, `seed=3`.
+
+        Example:
+            >>> model = DiffusionModel.fit(
+            ...     torch.randn(200, 2), train={"steps": 2, "batch": 16}, quiet=True
+            ... )
+            >>> model.sample(3, seed=0).shape
+            torch.Size([3, 2])
+        """
+        config = source if isinstance(source, Config) else configure(base=options)
+        folder = None if out is None else Path(out)
+        point = checkpoint.newest(folder) if resume and folder else None
+        kept = stored(folder) if folder and point else (None, None)
+        if isinstance(source, (Tensor, np.ndarray)):
+            data = as_data(
+                source, labels, test_fraction=config.data.test_fraction, seed=config.seed
+            )
+        else:
+            if isinstance(source, (str, Path)):
+                section = config.data.model_copy(update={"source": str(source)})
+                config = config.model_copy(update={"data": section})
+            data = load(config.data, config.seed, *kept)
+        return cls._fit(config, data, folder, point, quiet)
+
+    @classmethod
+    def _fit(
+        cls,
+        config: Config,
+        data: Data,
+        folder: Path | None,
+        point: checkpoint.Checkpoint | None,
+        quiet: bool,
+    ) -> DiffusionModel:
+        shape, names = data.codec.shape, data.classes if config.model.labels == "auto" else None
+        config = config.model_copy(update={"model": resolved(config.model, shape)})
+        model = cls(
+            config,
+            denoiser(config, shape, len(names or ()), _rms(data)),
+            data.codec,
+            names,
+            _shares(data, len(names)) if names else None,
+            data,
+        )
+        if folder is not None:
+            model._describe(folder)
+
+        def draw(step: int, average: Denoiser) -> None:
+            if folder is None:
+                return
+            # a few samples of the average, beside nothing else: how far along are we
+            now = DiffusionModel(config, average, data.codec, names, model.shares)
+            path = folder / "samples" / f"step-{step}.png"
+            pictures.samples(now.sample(64, seed=config.seed, quiet=True), data.codec, path)
+
+        done = fit(config, model.denoiser, data, folder, point, draw, quiet)
+        model.config, model.denoiser = done.config, done.model
+        model.report = {"seconds": round(done.seconds, 2), "loss": done.loss}
+        return model
+
+    # --- sampling
+
+    def sample(
+        self,
+        n: int = 64,
+        *,
+        steps: int | None = None,
+        noise: float | None = None,
+        seed: int = 0,
+        label: int | str | list[int | str] | None = None,
+        guidance: float | None = None,
+        batch: int = 256,
+        quiet: bool = True,
+    ) -> Tensor:
+        """Draws n samples, (n, *shape), in model units and on the CPU.
+
+        Sample i of a seed is the same for every n and batch, up to the rounding of the network's
+        kernels.
+
+        Arguments:
+            n: How many.
+            steps: Evaluations of the network a sample.
+            noise: 0 follows the probability flow, 1 Anderson's reverse SDE.
+            seed: Fixes every sample.
+            label: A class, by name or index, or a list that is repeated; by default classes are
+                drawn as often as the data has them.
+            guidance: The weight of the label; 1 is plain conditional sampling.
+            batch: How many at a time: it bounds the memory.
+            quiet: Whether to show no progress.
+        """
+        parts = self.batches(
+            n, steps=steps, noise=noise, seed=seed, label=label, guidance=guidance, batch=batch
+        )
+        done, xs = 0, []
+        with progress("sample", n, quiet=quiet) as advance:
+            for x in parts:
+                xs.append(x)
+                done += len(x)
+                advance(done)
+        return torch.cat(xs)
+
+    def batches(
+        self,
+        n: int,
+        *,
+        steps: int | None = None,
+        noise: float | None = None,
+        seed: int = 0,
+        label: int | str | list[int | str] | None = None,
+        guidance: float | None = None,
+        batch: int = 256,
+        keep: bool = False,
+    ) -> Iterator[Tensor]:
+        """The batches of `sample` one after the other; with `keep`, their whole paths.
+
+        Kept paths are (steps + 1, b, *shape), from noise to data.
+        """
+        if n < 1 or batch < 1 or (steps is not None and steps < 1):
+            raise UsageError(f"n, batch and steps must be at least 1, got {n}, {batch}, {steps}")
+        set_ = self.config.sample
+        steps, noise = steps or set_.steps, set_.noise if noise is None else noise
+        if not 0 <= noise <= 1:
+            raise UsageError(f"noise must lie between 0 and 1, got {noise}")
+        wanted = self._labels(n, label, seed)
+        guidance = set_.guidance if guidance is None else guidance
+        return self._batches(n, steps, noise, seed, wanted, guidance, batch, keep)
+
+    @torch.no_grad()
+    def _batches(
+        self,
+        n: int,
+        steps: int,
+        noise: float,
+        seed: int,
+        labels: Tensor | None,
+        guidance: float,
+        batch: int,
+        keep: bool,
+    ) -> Iterator[Tensor]:
+        process, net = self.denoiser.process, self.denoiser
+        like = torch.empty(0, device=next(net.parameters()).device)
+        end = torch.tensor(process.span[1], dtype=torch.float64)
+        # x_T has the variance of its kernel and what is left of the data's
+        size = torch.hypot(process.sigma(end), process.alpha(end) * net.data_std).item()
+        for i in range(0, n, batch):
+            shape = (min(batch, n - i), *self.codec.shape)
+            x1 = size * Keyed(seed, i, START).normal(0, shape, like)
+            given = None if labels is None else labels[i : i + batch].to(like.device)
+            score = net.given(given, guidance)
+            yield generate(process, score, x1, steps, noise, Keyed(seed, i, PATH), keep).cpu()
+
+    def _labels(self, n: int, label: Any, seed: int) -> Tensor | None:
+        if self.classes is None or self.shares is None:
+            if label is not None:
+                raise UsageError("this model was trained without labels, so it cannot follow one")
+            return None
+        if label is None:
+            shares = torch.tensor(self.shares, dtype=torch.float64)
+            u = Keyed(seed, 0, CLASS).uniform(0, (n,), shares)
+            return torch.searchsorted(shares.cumsum(0), u).clamp(max=len(self.classes) - 1)
+        wanted = label if isinstance(label, (list, tuple)) else [label]
+        index = torch.tensor([self._class(w) for w in wanted])
+        return index.repeat(-(-n // len(index)))[:n]
+
+    def _class(self, name: int | str) -> int:
+        names = self.classes or ()
+        if str(name) in names:
+            return names.index(str(name))
+        if isinstance(name, int) and 0 <= name < len(names):
+            return name
+        raise UsageError(f"no class {name!r}; this model knows {', '.join(names)}")
+
+    def trajectory(self, n: int = 8, **options: Any) -> Tensor:
+        """The way from noise to data of n samples, (steps + 1, n, *shape)."""
+        return torch.cat(list(self.batches(n, keep=True, **options)), 1)
+
+    def decode(self, x: Tensor) -> Any:
+        """Samples in the data's own units: integer pixels, numbers, or a table."""
+        return self.codec.decode(x)
+
+    def show(self, x: Tensor, path: str | Path) -> Path:
+        """Draws samples, (n, *shape), or a trajectory, (steps + 1, n, *shape), to a PNG."""
+        path = Path(path)
+        if x.ndim == len(self.codec.shape) + 2:
+            return pictures.trajectories(x, self.codec, path)
+        return pictures.samples(x, self.codec, path)
+
+    # --- judging
+
+    def evaluate(
+        self,
+        n: int | None = None,
+        *,
+        data: Data | None = None,
+        features: str | None = None,
+        seed: int = 0,
+        limit: int = 5000,
+        quiet: bool = True,
+        **options: Any,
+    ) -> judge.Evaluation:
+        """Compares samples with held-out data, beside the floor: training data in their place.
+
+        Arguments:
+            n: How many samples; as many as there are held-out data by default, at most `limit`.
+            data: Other data than the run's own.
+            features: A named feature map; see `kakusan.inference.features`.
+            seed: Fixes samples, subsets and directions.
+            limit: The most samples, held-out and training points to use.
+            quiet: Whether to show no progress.
+            **options: As in `sample`.
+        """
+        data = data or self.data or load(self.config.data, self.config.seed)
+        test, label = judge.gather(data.test, limit, seed)
+        n = n or len(test)
+        if isinstance(data.train, Stream):
+            train, train_label = _first(data.train, limit)
+        else:
+            train, train_label = judge.gather(data.train, max(limit, 20 * n), seed)
+        x = self.sample(n, seed=seed, quiet=quiet, **options)
+        known = label if self.classes else None
+        return judge.evaluate(
+            self.denoiser, x, test, train, known, train_label, features, seed, limit
+        )
+
+    # --- files
+
+    def _describe(self, folder: Path) -> None:
+        files.write_json(folder / "config.json", self.config.model_dump())
+        if self.data is not None and self.data.test_index is not None:
+            files.write_tensors(folder / "split.safetensors", {"test": self.data.test_index})
+        record = {
+            "codec": self.codec.to_json(),
+            "classes": self.classes,
+            "shares": self.shares,
+            "rms": self.denoiser.data_std,
+        }
+        files.write_json(folder / "data.json", record)
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes what `load` needs: configuration, codec, split and weights."""
+        folder = Path(folder)
+        self._describe(folder)
+        files.write_tensors(folder / "model.safetensors", self.denoiser.state_dict())
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str = "auto") -> DiffusionModel:
+        """Reads a run folder; the data are looked up when `evaluate` needs them.
+
+        Raises:
+            KakusanError: If a file is missing or damaged, or the weights do not fit.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise KakusanError(f"there is no run folder {folder}; kakusan train makes one")
+        if not (folder / "config.json").is_file():
+            raise KakusanError(f"{folder} is no run folder: it holds no config.json")
+        config = configure(base=files.read_json(folder / "config.json"))
+        record = files.read_json(folder / "data.json")
+        names = tuple(record["classes"]) if record.get("classes") else None
+        codec = codec_from_json(record["codec"])
+        net = denoiser(config, codec.shape, len(names or ()), record["rms"])
+        _load_weights(net, folder)
+        shares = tuple(record["shares"]) if record.get("shares") else None
+        net = net.eval().requires_grad_(False).to(device_of(device))
+        return cls(config, net, codec, names, shares)
+
+
+def _load_weights(net: Denoiser, folder: Path) -> None:
+    path = folder / "model.safetensors"
+    try:
+        weights = files.read_tensors(path)
+    except KakusanError as error:
+        point = checkpoint.newest(folder)
+        if point is None:
+            raise
+        warnings.warn(f"{error}; using the checkpoint of step {point.step}", stacklevel=3)
+        weights = point.average
+    try:
+        net.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise KakusanError(f"{path} does not fit the network of config.json: {reason}") from None
+
+
+def stored(folder: Path) -> tuple[Tensor | None, Codec]:
+    """The split and the codec that a run folder keeps."""
+    record = files.read_json(folder / "data.json")
+    split = folder / "split.safetensors"
+    index = files.read_tensors(split)["test"] if split.exists() else None
+    return index, codec_from_json(record["codec"])
+
+
+def _rms(data: Data, most: int = 2048) -> float:
+    """The root mean square of the data in model units, from evenly spread samples."""
+    x, _ = (
+        _first(data.train, most) if isinstance(data.train, Stream) else _spread(data.train, most)
+    )
+    return max(x.square().mean().sqrt().item(), 1e-3)
+
+
+def _spread(source: Source, most: int) -> tuple[Tensor, Tensor | None]:
+    return source.batch(torch.linspace(0, len(source) - 1, min(most, len(source))).long())
+
+
+def _first(stream: Stream, n: int) -> tuple[Tensor, Tensor | None]:
+    return next(iter(stream.batches(n, 0)))
+
+
+def _shares(data: Data, classes: int) -> tuple[float, ...]:
+    if isinstance(data.train, Stream):
+        _, labels = _first(data.train, 2048)
+    else:
+        labels = data.train.labels
+    if labels is None:
+        return (1 / classes,) * classes
+    counts = torch.bincount(labels, minlength=classes).double()
+    return tuple((counts / counts.sum()).tolist())

@@ -1,0 +1,1 @@
+"""Floor 1: stochastic differential equations, and the transformations between them."""

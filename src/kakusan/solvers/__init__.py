@@ -1,0 +1,1 @@
+"""Floor 2: one loop, and the methods that step through it."""
