@@ -8,9 +8,10 @@ backward: convolutions and matrix products, nothing elementwise.
 
     python benchmarks/training.py --json training.json
 
-The peers are optional: `pip install azula denoising-diffusion-pytorch diffusers`. A peer that is
-missing is skipped. Both of the first two ask for torchvision, but their networks do not use it:
-where it is absent, an empty stand-in takes its place (install them with `--no-deps` then).
+A peer that is not installed is skipped. Install azula and denoising-diffusion-pytorch with
+`pip install --no-deps`: both ask for torchvision, which their networks do not use and which does
+not import beside a CPU build of torch; an empty stand-in takes its place here. Besides, they need
+einops, scipy, pillow, tqdm, ema-pytorch and accelerate; the third peer is diffusers.
 """
 
 import argparse
@@ -195,7 +196,7 @@ def show(rows: list[dict]) -> None:
             + (" *" if row["best"] else "")
         )
     print("* the best setting of its model, used in the ratios")
-    for name in best.keys() - {"kakusan"} if "kakusan" in best else ():
+    for name in [n for n in best if n != "kakusan" and "kakusan" in best]:
         images = best["kakusan"]["images_per_s"] / best[name]["images_per_s"]
         gflops = best["kakusan"]["gflop_per_s"] / best[name]["gflop_per_s"]
         print(f"kakusan / {name}: {images:.2f}x images/s, {gflops:.2f}x GFLOP/s")

@@ -26,6 +26,7 @@ from kakusan.core.noise import Keyed, mix
 from kakusan.errors import KakusanError
 from kakusan.inference.levels import loss_by_level
 from kakusan.models.denoiser import Denoiser
+from kakusan.objectives.matching import Denoising
 from kakusan.training import checkpoint as ckpt
 from kakusan.training import files
 from kakusan.training.batches import batches
@@ -60,6 +61,7 @@ class Work(NamedTuple):
     """What changes while training, and the run it belongs to."""
 
     config: Config
+    goal: Denoising
     model: Denoiser
     average: Average[Denoiser]
     optimizer: torch.optim.Optimizer
@@ -131,10 +133,10 @@ def _prepare(config: Config, model: Denoiser, data: Data, resume: ckpt.Checkpoin
     model.to(device)
     x, _ = next(batches(data.train, config.train.batch, config.seed, 0))
     config = _with(config, config.train.model_copy(update={"device": str(device)}))
-    x = x.to(device)
+    x, goal = x.to(device), objective(config.objective)
 
     def descend(way: TrainConfig) -> None:
-        _backward(_with(config, way), model, arranged(x, way.layout), None, 0)
+        _backward(_with(config, way), goal, model, arranged(x, way.layout), None, 0)
 
     train = placed(config.train, model, x.ndim == 4, descend)
     config = _with(config, train)
@@ -150,7 +152,7 @@ def _prepare(config: Config, model: Denoiser, data: Data, resume: ckpt.Checkpoin
         first = resume.step
     if train.compile:
         model.net.compile()  # type: ignore[operator]
-    return Work(config, model, average, optimizer, first)
+    return Work(config, goal, model, average, optimizer, first)
 
 
 def _with(config: Config, train: TrainConfig) -> Config:
@@ -168,7 +170,7 @@ def _descend(work: Work, x: Tensor, label: Tensor | None, step: int) -> Tensor:
         torch.manual_seed(mix(work.config.seed, DROPOUT, step))
     x = arranged(x.to(device, non_blocking=True), train.layout)
     label = None if label is None else label.to(device, non_blocking=True)
-    loss = _backward(work.config, work.model, x, label, step)
+    loss = _backward(work.config, work.goal, work.model, x, label, step)
     torch.nn.utils.clip_grad_norm_(work.model.parameters(), train.clip, foreach=True)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -176,10 +178,10 @@ def _descend(work: Work, x: Tensor, label: Tensor | None, step: int) -> Tensor:
 
 
 def _backward(
-    config: Config, model: Denoiser, x: Tensor, label: Tensor | None, step: int
+    config: Config, goal: Denoising, model: Denoiser, x: Tensor, label: Tensor | None, step: int
 ) -> Tensor:
     """The mean loss with the step's own randomness, after its gradients were added up."""
-    goal, n = objective(config.objective), len(x)
+    n = len(x)
     eps = arranged(
         Keyed(config.seed, stream=NOISE).normal(step, tuple(x.shape), x), config.train.layout
     )
