@@ -18,6 +18,11 @@ import typer
 
 from kakusan.errors import KakusanError, UsageError
 
+
+class Stopped(Exception):
+    """Ctrl-C during training, in words: exit code 130."""
+
+
 app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
@@ -28,30 +33,37 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as train makes it.")]
-Steps = Annotated[int | None, typer.Option(help="Evaluations of the network a sample.", min=1)]
+Steps = Annotated[int | None, typer.Option(help="Evaluations of the network a sample.")]
 Noise = Annotated[
     float | None,
-    typer.Option(help="0: probability-flow ODE; 1: Anderson's reverse SDE.", min=0, max=1),
+    typer.Option(help="0: probability-flow ODE; 1: Anderson's reverse SDE."),
 ]
 Label = Annotated[
     str | None, typer.Option(help="Classes to draw, as 3 or cat,dog; default: as in the data.")
 ]
-Guidance = Annotated[float | None, typer.Option(help="Weight of the label; 1 is plain.", min=0)]
-Seed = Annotated[int, typer.Option(help="Fixes every sample.", min=0)]
-Batch = Annotated[int, typer.Option(help="Samples at a time; bounds the memory.", min=1)]
+Guidance = Annotated[float | None, typer.Option(help="Weight of the label; 1 is plain.")]
+Seed = Annotated[int, typer.Option(help="Fixes every sample.")]
+Batch = Annotated[int, typer.Option(help="Samples at a time; bounds the memory.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"kakusan {version('kakusan')}")
+        raise typer.Exit
 
 
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and stop.")
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Print the version and stop."
+        ),
     ] = False,
 ) -> None:
-    if version:
-        from importlib.metadata import version as installed
-
-        typer.echo(f"kakusan {installed('kakusan')}")
-        raise typer.Exit
+    pass
 
 
 @app.command()
@@ -90,8 +102,15 @@ def train(
     folder = out or Path("runs") / _name(settings.data.source)
     _refuse_overwrite(folder, resume)
     from kakusan.pipeline import DiffusionModel
+    from kakusan.training.fit import Interrupted
 
-    model = DiffusionModel.fit(settings, out=folder, resume=resume, quiet=quiet or as_json)
+    try:
+        model = DiffusionModel.fit(settings, out=folder, resume=resume, quiet=quiet or as_json)
+    except Interrupted as stop:
+        raise Stopped(
+            f"stopped after step {stop.step}; a checkpoint is kept, go on with: "
+            f"kakusan train --resume --out {folder}"
+        ) from None
     count = sum(p.numel() for p in model.denoiser.parameters())
     pictures = sorted((folder / "samples").glob("step-*.png"), key=lambda p: p.stat().st_mtime)
     if as_json:
@@ -110,7 +129,7 @@ def train(
 @app.command()
 def sample(
     run: Run,
-    n: Annotated[int, typer.Option("-n", help="How many.", min=1)] = 64,
+    n: Annotated[int, typer.Option("-n", help="How many.")] = 64,
     steps: Steps = None,
     noise: Noise = None,
     seed: Seed = 0,
@@ -161,7 +180,7 @@ def evaluate(
     run: Run,
     n: Annotated[
         int | None,
-        typer.Option("-n", help="How many samples.  [default: as held-out data]", min=2),
+        typer.Option("-n", help="How many samples.  [default: as held-out data]"),
     ] = None,
     data: Annotated[
         str | None, typer.Option(help="Where the data are now, if they have moved.")
@@ -170,7 +189,7 @@ def evaluate(
         str | None,
         typer.Option(help="pixels-pca64, random-conv-0 or classifier."),
     ] = None,
-    limit: Annotated[int, typer.Option(help="Most held-out points to use.", min=2)] = 5000,
+    limit: Annotated[int, typer.Option(help="Most held-out points to use.")] = 5000,
     steps: Steps = None,
     noise: Noise = None,
     seed: Seed = 0,
@@ -309,17 +328,17 @@ def main(args: list[str] | None = None) -> None:
 def _run(args: list[str] | None) -> int:
     args = sys.argv[1:] if args is None else args
     try:
-        return app(args or ["--help"], standalone_mode=False) or 0
+        code = app(args or ["--help"], standalone_mode=False) or 0
+        # typer turns Ctrl-C into its exit code without a word
+        return _fail("stopped by Ctrl-C", 130) if code == 130 else code
+    except Stopped as error:
+        return _fail(str(error), 130)
     except typer.TyperException as error:
         return _fail(_typer_sentence(error), error.exit_code)
     except UsageError as error:
         return _fail(str(error), 2)
     except KakusanError as error:
         return _fail(str(error), 1)
-    except (KeyboardInterrupt, typer.Abort) as error:
-        step, folder = getattr(error, "step", None), getattr(error, "folder", None)
-        kept = f"; a checkpoint is kept: kakusan train --resume --out {folder}" if folder else ""
-        return _fail(f"stopped by Ctrl-C{f' after step {step}' if step else ''}{kept}", 130)
     except Exception as error:  # noqa: BLE001 - a person gets a sentence, never a traceback
         if "KAKUSAN_DEBUG" in os.environ:
             raise

@@ -109,7 +109,7 @@ class DiffusionModel:
         quiet: bool,
     ) -> DiffusionModel:
         shape, names = data.codec.shape, data.classes if config.model.labels == "auto" else None
-        config = config.model_copy(update={"model": resolved(config.model, shape)})
+        config = resolved(config, shape)
         model = cls(
             config,
             denoiser(config, shape, len(names or ()), _rms(data)),
@@ -195,10 +195,13 @@ class DiffusionModel:
             raise UsageError(f"n, batch and steps must be at least 1, got {n}, {batch}, {steps}")
         set_ = self.config.sample
         steps, noise = steps or set_.steps, set_.noise if noise is None else noise
-        if not 0 <= noise <= 1:
-            raise UsageError(f"noise must lie between 0 and 1, got {noise}")
-        wanted = self._labels(n, label, seed)
         guidance = set_.guidance if guidance is None else guidance
+        if not 0 <= noise <= 1 or not 0 <= guidance < float("inf"):
+            raise UsageError(
+                f"noise must lie between 0 and 1 and guidance be at least 0, got {noise} and "
+                f"{guidance}"
+            )
+        wanted = self._labels(n, label, seed)
         return self._batches(n, steps, noise, seed, wanted, guidance, batch, keep)
 
     @torch.no_grad()
@@ -332,14 +335,22 @@ class DiffusionModel:
         if not (folder / "config.json").is_file():
             raise KakusanError(f"{folder} is no run folder: it holds no config.json")
         config = configure(base=files.read_json(folder / "config.json"))
-        record = files.read_json(folder / "data.json")
-        names = tuple(record["classes"]) if record.get("classes") else None
+        record = _described(folder)
         codec = codec_from_json(record["codec"])
+        names, shares = (tuple(record[k]) if record[k] else None for k in ("classes", "shares"))
         net = denoiser(config, codec.shape, len(names or ()), record["rms"])
         _load_weights(net, folder)
-        shares = tuple(record["shares"]) if record.get("shares") else None
         net = net.eval().requires_grad_(False).to(device_of(device))
         return cls(config, net, codec, names, shares)
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    path = folder / "data.json"
+    record = files.read_json(path)
+    missing = {"codec", "classes", "shares", "rms"} - set(record)
+    if missing:
+        raise KakusanError(f"{path} is damaged: it has no {' and no '.join(sorted(missing))}")
+    return record
 
 
 def _load_weights(net: Denoiser, folder: Path) -> None:
@@ -361,7 +372,7 @@ def _load_weights(net: Denoiser, folder: Path) -> None:
 
 def stored(folder: Path) -> tuple[Tensor | None, Codec]:
     """The split and the codec that a run folder keeps."""
-    record = files.read_json(folder / "data.json")
+    record = _described(folder)
     split = folder / "split.safetensors"
     index = files.read_tensors(split)["test"] if split.exists() else None
     return index, codec_from_json(record["codec"])

@@ -23,7 +23,6 @@ References:
 from __future__ import annotations
 
 import math
-from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -142,11 +141,12 @@ class Multistep(Angular):
         r, phi, psi, scale, z = state.plan[state.k]
         seen = ((phi, state.velocity(x, t)), *state.past)
         nodes = [p for p, _ in seen]
-        ahead = integral_weights(nodes[: self.order], phi, psi)
-        behind = self._mending(nodes, state)
+        weights = [scale / r * c for c in self._mending(nodes, state)]
+        for i, w in enumerate(integral_weights(nodes[: self.order], phi, psi)):
+            weights[i] += scale * w
         x = x * (scale / r)
-        for w, c, (_, v) in zip_longest(ahead, behind, seen, fillvalue=0.0):
-            x = x.add_(v, alpha=scale * (w + c / r))
+        for w, (_, v) in zip(weights, seen, strict=True):
+            x = x.add_(v, alpha=w)
         if dw is not None:
             x = x.add_(dw, alpha=z)
         return x, state._replace(k=state.k + 1, past=seen[: self.order])

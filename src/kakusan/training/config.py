@@ -99,11 +99,11 @@ class TrainConfig(Section):
     """The optimisation."""
 
     steps: int = Field(default=1500, ge=1)
-    batch: int = Field(default=128, ge=1)
+    batch: int | None = Field(default=None, ge=1, description="default: 128 (unet), 512 (mlp)")
     accumulate: int = Field(
         default=1, ge=1, description="micro-batches a step; batch is their sum"
     )
-    lr: float = Field(default=2e-3, gt=0)
+    lr: float | None = Field(default=None, gt=0, description="default: 2e-3 (unet), 1e-3 (mlp)")
     warmup: int = Field(default=100, ge=0)
     decay: Literal["cosine", "constant"] = "cosine"
     weight_decay: float = Field(default=0.01, ge=0)
@@ -118,6 +118,12 @@ class TrainConfig(Section):
     save_every: int = Field(default=500, ge=1)
     keep: int = Field(default=2, ge=1, description="how many checkpoints stay")
     tensorboard: bool = False
+
+    @property
+    def pace(self) -> tuple[int, float]:
+        """Batch size and learning rate, once they are decided."""
+        assert self.batch and self.lr, "resolve the configuration first"
+        return self.batch, self.lr
 
 
 class SampleConfig(Section):
@@ -225,7 +231,7 @@ def _said(error: ValidationError) -> str:
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = known_keys()
         # compare whole keys first; a bare key ("steps") is looked for in every section
-        near = difflib.get_close_matches(key, known, 1, 0.6) or [
+        near = difflib.get_close_matches(key, [*known, *_sections()], 1, 0.6) or [
             k for k in known if difflib.get_close_matches(key, [k.split(".")[-1]], 1, 0.7)
         ]
         hint = f"did you mean {near[0]}?" if near else f"the sections are {', '.join(_sections())}"
@@ -234,4 +240,4 @@ def _said(error: ValidationError) -> str:
 
 
 def _sections() -> list[str]:
-    return sorted({key.split(".")[0] for key in known_keys()})
+    return list(Config.model_fields)

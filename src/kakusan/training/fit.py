@@ -80,7 +80,7 @@ def fit(
     """Trains a denoiser.
 
     Arguments:
-        config: The run; `auto` in its train section is decided here.
+        config: The run, resolved; `auto` in its train section is decided here.
         model: The denoiser to train, in place.
         data: What to learn from, and the held-out part that is watched.
         folder: The run folder; None keeps nothing.
@@ -96,7 +96,7 @@ def fit(
     train, average = work.config.train, work.average
     if folder is not None:
         files.write_json(folder / "config.json", work.config.model_dump())
-    stream = batches(data.train, train.batch, config.seed, work.first)
+    stream = batches(data.train, train.pace[0], config.seed, work.first)
     began, value = time.perf_counter(), math.nan
     with (
         Stop() as stop,
@@ -131,7 +131,8 @@ def _prepare(config: Config, model: Denoiser, data: Data, resume: ckpt.Checkpoin
     """Decides where to train and how, and picks up where a checkpoint left off."""
     device = device_of(config.train.device)
     model.to(device)
-    x, _ = next(batches(data.train, config.train.batch, config.seed, 0))
+    size, lr = config.train.pace
+    x, _ = next(batches(data.train, size, config.seed, 0))
     config = _with(config, config.train.model_copy(update={"device": str(device)}))
     x, goal = x.to(device), objective(config.objective)
 
@@ -142,7 +143,7 @@ def _prepare(config: Config, model: Denoiser, data: Data, resume: ckpt.Checkpoin
     config = _with(config, train)
     arrange(model, train.layout)
     optimizer = torch.optim.AdamW(
-        model.parameters(), train.lr, weight_decay=train.weight_decay, fused=True
+        model.parameters(), lr, weight_decay=train.weight_decay, fused=True
     )
     average, first = Average(model, train.ema), 0
     if resume is not None:
@@ -207,12 +208,13 @@ def _backward(
 
 def _rate(train: TrainConfig, step: int) -> float:
     """The learning rate: a linear warm-up, then constant or half a cosine down to zero."""
+    _, lr = train.pace
     if step < train.warmup:
-        return train.lr * (step + 1) / train.warmup
+        return lr * (step + 1) / train.warmup
     if train.decay == "constant":
-        return train.lr
+        return lr
     rest = (step - train.warmup) / max(1, train.steps - train.warmup)
-    return train.lr * 0.5 * (1 + math.cos(math.pi * rest))
+    return lr * 0.5 * (1 + math.cos(math.pi * rest))
 
 
 def test_loss(model: Denoiser, data: Data, most: int = 512) -> float:
