@@ -168,7 +168,7 @@ def test_unknown_words_name_the_nearest_known(kakusan):
         (("train", "train.steps=0"), "greater than or equal to 1"),
         (("train", "model.net=unet", "--data", "two-moons"), "unet needs images"),
         (("train", "model.predict=epsilon"), "use model.predict=v, or process.name=vp"),
-        (("train", "train.device=abacus"), "train.device = 'abacus' cannot be used here"),
+        (("train", "train.device=abacus"), "device 'abacus' cannot be used here"),
     ):
         code, _, err = kakusan(*words)
         assert code == 2 and said in err and err.count("\n") == 1, (words, err)
@@ -186,7 +186,10 @@ def test_missing_and_damaged_things_are_named(kakusan, trained, tmp_path):
     for words, said in (
         (("train", "--out", trained), "already holds a run; go on with it by --resume"),
         (("train", "--resume"), "--resume needs --out"),
-        (("train", "--resume", "--out", trained, "model.width=8"), "model.width cannot change"),
+        (
+            ("train", "--resume", "--out", trained, "model.width=8"),
+            "model cannot change when a run resumes",
+        ),
         (("sample", trained, "--out", "x.doc"), "written as .png, .npz, not x.doc"),
         (("sample", trained, "-n", 0), "must be at least 1, got 0, 256"),
         (("sample", trained, "--steps", -1), "must be at least 1, got 64, 256, -1"),
@@ -226,6 +229,45 @@ def test_a_model_without_labels_follows_none(tmp_path):
         model.sample(2, noise=1.5)
     with pytest.raises(KakusanError, match="labels"):
         DiffusionModel.fit(torch.randn(40, 2), labels=[0, 1], quiet=True)
+
+
+def test_python_mistakes_are_sentences_too(tmp_path, trained):
+    for arguments, said in (
+        (([[1.0, 2.0]],), "not from list"),
+        (("digits", [1, 2]), "labels go with a tensor or array"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            DiffusionModel.fit(*arguments, quiet=True)
+    with pytest.raises(UsageError, match="already holds a run"):
+        DiffusionModel.fit("digits", out=trained, quiet=True)
+    with pytest.raises(UsageError, match="4 steps already, and train.steps is 4"):
+        DiffusionModel.fit("digits", out=trained, resume=True, train={"steps": 4}, quiet=True)
+    model = DiffusionModel.fit(torch.randn(90, 2), train={"steps": 1, "batch": 8}, quiet=True)
+    with pytest.raises(UsageError, match="at least 12 samples and held-out points, got n=5"):
+        model.evaluate(5)
+    again = DiffusionModel.load(model.save(tmp_path / "run"))
+    with pytest.raises(UsageError, match="trained on an array"):
+        again.evaluate()
+    with pytest.raises(UsageError, match="guidance 2.0 needs labels"):
+        again.sample(2, guidance=2.0)
+
+
+def test_a_table_comes_back_with_its_label_column(kakusan, tmp_path):
+    rows = [f"{i % 7},{'ab'[i % 2]},{i / 10}" for i in range(100)]
+    (tmp_path / "t.csv").write_text("\n".join(["count,kind,height", *rows]) + "\n")
+    words = ["data.labels=kind", "train.steps=2", "train.batch=16"]
+    assert kakusan("train", "-q", "--data", "t.csv", *words)[0] == 0
+    assert kakusan("sample", "runs/t", "-n", 4, "--label", "b", "--out", "x.csv")[0] == 0
+    head, *body = (tmp_path / "x.csv").read_text().splitlines()
+    assert head == '"count","kind","height"'
+    assert all(row.split(",")[1] == '"b"' for row in body) and len(body) == 4
+
+
+def test_a_failed_start_is_no_run(kakusan, tmp_path):
+    words = ["train.lr=1e30", "train.warmup=0", *TINY[:3]]
+    code, _, err = kakusan("train", "-q", "--out", "r", *words, "train.steps=60")
+    assert code == 1 and "the loss is" in err
+    assert kakusan("train", "-q", "--out", "r", *TINY)[0] == 0
 
 
 def test_weights_of_another_network_are_refused(trained, tmp_path):

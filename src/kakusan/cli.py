@@ -12,11 +12,14 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kakusan.errors import KakusanError, UsageError
+
+if TYPE_CHECKING:
+    from kakusan.training.config import Config
 
 
 class Stopped(Exception):
@@ -94,13 +97,11 @@ def train(
     from kakusan.training.config import configure
 
     words = [*(overrides or []), *([f"data.source={json.dumps(data)}"] if data else [])]
-    base = _stored(out, words) if resume else None
-    settings = configure(config, words, base)
+    settings = _resumed(out, config, words) if resume else configure(config, words)
     if dry_run:
         _print_settings(settings, as_json)
         return
     folder = out or Path("runs") / _name(settings.data.source)
-    _refuse_overwrite(folder, resume)
     from kakusan.pipeline import DiffusionModel
     from kakusan.training.fit import Interrupted
 
@@ -161,7 +162,7 @@ def sample(
         "guidance": guidance, "batch": batch,
     }  # fmt: skip
     x = model.sample(n, **options, quiet=quiet or as_json)
-    made = {"samples": str(_write(model, x, path))}
+    made = {"samples": str(_write(model, x, model.labels(n, _labels(label), seed), path))}
     if model.codec.kind != "images" and path.suffix != ".png":
         made["picture"] = str(model.show(x, path.with_suffix(".png")))
     if trajectory:
@@ -207,18 +208,13 @@ def evaluate(
     Example:  kakusan evaluate runs/digits
     """
     from kakusan import pictures
-    from kakusan.pipeline import DiffusionModel, stored
+    from kakusan.pipeline import DiffusionModel
     from kakusan.training import files
-    from kakusan.training.data import load
 
     model = DiffusionModel.load(run, device)
-    section = model.config.data
-    if data is not None:
-        section = section.model_copy(update={"source": data})
     found = model.evaluate(
-        n, data=load(section, model.config.seed, *stored(run)), features=features, seed=seed,
-        limit=limit, steps=steps, noise=noise, guidance=guidance, batch=batch,
-        quiet=quiet or as_json,
+        n, data=data, features=features, seed=seed, limit=limit, steps=steps, noise=noise,
+        guidance=guidance, batch=batch, quiet=quiet or as_json,
     )  # fmt: skip
     record = found.to_json()
     files.write_json(run / "evaluation.json", record)
@@ -233,28 +229,24 @@ def evaluate(
 # --- small helpers
 
 
-def _stored(out: Path | None, words: list[str]) -> dict[str, Any]:
+def _resumed(out: Path | None, config: Path | None, words: list[str]) -> Config:
+    """The stored settings of a run with changes that leave it the same run."""
     from kakusan.training import files
+    from kakusan.training.config import configure
 
     if out is None:
         raise UsageError("--resume needs --out, the run folder to go on with")
     if not (out / "config.json").is_file():
         raise KakusanError(f"there is no run to resume in {out}; start it without --resume")
-    fixed = [w for w in words if not w.startswith(("train.", "sample."))]
-    if fixed:
-        raise UsageError(
-            f"{fixed[0].partition('=')[0]} cannot change when a run resumes; train.* and sample.* "
-            "can, anything else is a new run: use another --out"
-        )
-    return files.read_json(out / "config.json")
-
-
-def _refuse_overwrite(folder: Path, resume: bool) -> None:
-    if not resume and (folder / "config.json").exists():
-        raise UsageError(
-            f"{folder} already holds a run; go on with it by --resume --out {folder}, choose "
-            "another --out, or remove it"
-        )
+    base = files.read_json(out / "config.json")
+    before, now = configure(base=base), configure(config, words, base)
+    for name in type(now).model_fields:
+        if name not in ("train", "sample") and getattr(now, name) != getattr(before, name):
+            raise UsageError(
+                f"{name} cannot change when a run resumes; train and sample can, anything else is "
+                "a new run: use another --out"
+            )
+    return now
 
 
 def _name(source: str) -> str:
@@ -263,7 +255,7 @@ def _name(source: str) -> str:
 
 
 def _labels(words: str | None) -> list[int | str] | None:
-    return None if words is None else [w.strip() for w in words.split(",")]
+    return None if words is None else [w.strip() for w in words.split(",") if w.strip()]
 
 
 def _suffix(model: Any) -> str:
@@ -276,28 +268,30 @@ def _check_suffix(path: Path, model: Any) -> None:
         "vectors": (".npz", ".png"),
         "table": (".csv", ".parquet", ".npz", ".png"),
     }[model.codec.kind]
-    if path.suffix not in fits:
+    if path.suffix.lower() not in fits:
         raise UsageError(
             f"samples of {model.codec.kind} are written as {', '.join(fits)}, not {path.name!r}"
         )
 
 
-def _write(model: Any, x: Any, path: Path) -> Path:
+def _write(model: Any, x: Any, labels: Any, path: Path) -> Path:
     import numpy as np
 
     from kakusan.training import files
 
-    if path.suffix == ".png":
+    suffix = path.suffix.lower()
+    if suffix == ".png":
         return model.show(x, path)
-    decoded = model.decode(x)
+    decoded = model.decode(x, labels)
     with files.whole(path) as draft:
         with draft.open("wb") as handle:
-            if path.suffix == ".npz" and isinstance(decoded, np.ndarray):
-                np.savez_compressed(handle, x=decoded)
-            elif path.suffix == ".npz":
+            if suffix == ".npz" and isinstance(decoded, np.ndarray):
+                named = {} if labels is None else {"labels": labels.numpy()}
+                np.savez_compressed(handle, allow_pickle=False, x=decoded, **named)
+            elif suffix == ".npz":
                 columns = {c: np.asarray(decoded[c].to_pylist()) for c in decoded.column_names}
                 np.savez_compressed(handle, allow_pickle=False, **columns)
-            elif path.suffix == ".csv":
+            elif suffix == ".csv":
                 import pyarrow.csv
 
                 pyarrow.csv.write_csv(decoded, handle)

@@ -25,12 +25,24 @@ from kakusan.solvers.exponential import generate
 from kakusan.training import checkpoint, files
 from kakusan.training.build import denoiser, resolved
 from kakusan.training.config import Config, configure
-from kakusan.training.data import Codec, Data, Source, Stream, as_data, codec_from_json, load
+from kakusan.training.data import (
+    Codec,
+    Data,
+    Source,
+    Stream,
+    TableCodec,
+    as_data,
+    codec_from_json,
+    load,
+)
 from kakusan.training.fit import fit
 from kakusan.training.placement import device_of
 from kakusan.training.progress import progress
 
 START, PATH, CLASS = 6, 7, 8  # separate the uses of one seed
+ARRAY = "array"  # what a configuration names data that came as a tensor or array
+LEAST = 12  # samples that the metrics need, on each side
+Array = Tensor | np.ndarray
 
 
 @dataclass
@@ -44,6 +56,7 @@ class DiffusionModel:
         classes: The names of the labels, or None.
         shares: The share of each label in the training data.
         data: What it was trained on, where that is at hand.
+        folder: The run folder it was read from, where there is one.
         report: What training had to say: seconds, loss.
     """
 
@@ -53,12 +66,13 @@ class DiffusionModel:
     classes: tuple[str, ...] | None = None
     shares: tuple[float, ...] | None = None
     data: Data | None = None
+    folder: Path | None = None
     report: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def fit(
         cls,
-        source: str | Path | Tensor | np.ndarray | Config = "digits",
+        source: str | Path | Array | Config = "digits",
         labels: Any = None,
         *,
         out: str | Path | None = None,
@@ -84,20 +98,31 @@ class DiffusionModel:
             >>> model.sample(3, seed=0).shape
             torch.Size([3, 2])
         """
-        config = source if isinstance(source, Config) else configure(base=options)
+        config, data = _wanted(source, labels, options)
         folder = None if out is None else Path(out)
-        point = checkpoint.newest(folder) if resume and folder else None
-        kept = stored(folder) if folder and point else (None, None)
-        if isinstance(source, (Tensor, np.ndarray)):
-            data = as_data(
-                source, labels, test_fraction=config.data.test_fraction, seed=config.seed
+        point = None
+        if folder is not None and resume:
+            point = checkpoint.newest(folder)
+        elif folder is not None and holds_run(folder):
+            raise UsageError(
+                f"{folder} already holds a run; go on with it by --resume --out {folder}, choose "
+                "another --out, or remove it"
             )
+        if point and point.step >= config.train.steps:
+            raise UsageError(
+                f"{folder} has been trained for {point.step} steps already, and train.steps is "
+                f"{config.train.steps}; set it higher to go on"
+            )
+        kept = stored(folder) if folder and point else (None, None)
+        if data is None:
+            found = load(config.data, config.seed, *kept)
         else:
-            if isinstance(source, (str, Path)):
-                section = config.data.model_copy(update={"source": str(source)})
-                config = config.model_copy(update={"data": section})
-            data = load(config.data, config.seed, *kept)
-        return cls._fit(config, data, folder, point, quiet)
+            share = config.data.test_fraction
+            index, codec = kept
+            found = as_data(
+                data, labels, test_fraction=share, seed=config.seed, test_index=index, codec=codec
+            )
+        return cls._fit(config, found, folder, point, quiet)
 
     @classmethod
     def _fit(
@@ -127,7 +152,7 @@ class DiffusionModel:
             # a few samples of the average, beside nothing else: how far along are we
             now = DiffusionModel(config, average, data.codec, names, model.shares)
             path = folder / "samples" / f"step-{step}.png"
-            pictures.samples(now.sample(64, seed=config.seed, quiet=True), data.codec, path)
+            now.show(now.sample(64, seed=config.seed), path)
 
         done = fit(config, model.denoiser, data, folder, point, draw, quiet)
         model.config, model.denoiser = done.config, done.model
@@ -201,7 +226,9 @@ class DiffusionModel:
                 f"noise must lie between 0 and 1 and guidance be at least 0, got {noise} and "
                 f"{guidance}"
             )
-        wanted = self._labels(n, label, seed)
+        if guidance != 1 and self.classes is None:
+            raise UsageError(f"guidance {guidance} needs labels, and this model knows none")
+        wanted = self.labels(n, label, seed)
         return self._batches(n, steps, noise, seed, wanted, guidance, batch, keep)
 
     @torch.no_grad()
@@ -228,7 +255,8 @@ class DiffusionModel:
             score = net.given(given, guidance)
             yield generate(process, score, x1, steps, noise, Keyed(seed, i, PATH), keep).cpu()
 
-    def _labels(self, n: int, label: Any, seed: int) -> Tensor | None:
+    def labels(self, n: int, label: Any = None, seed: int = 0) -> Tensor | None:
+        """The classes that `sample` with the same arguments draws, (n,); None without labels."""
         if self.classes is None or self.shares is None:
             if label is not None:
                 raise UsageError("this model was trained without labels, so it cannot follow one")
@@ -253,9 +281,17 @@ class DiffusionModel:
         """The way from noise to data of n samples, (steps + 1, n, *shape)."""
         return torch.cat(list(self.batches(n, keep=True, **options)), 1)
 
-    def decode(self, x: Tensor) -> Any:
-        """Samples in the data's own units: integer pixels, numbers, or a table."""
-        return self.codec.decode(x)
+    def decode(self, x: Tensor, labels: Tensor | None = None) -> Any:
+        """Samples in the data's own units: integer pixels, numbers, or a table.
+
+        Arguments:
+            x: Samples, (n, *shape).
+            labels: Their classes, (n,); a table gets its label column back.
+        """
+        decoded = self.codec.decode(x)
+        if isinstance(self.codec, TableCodec) and labels is not None:
+            return self.codec.with_labels(decoded, labels)
+        return decoded
 
     def show(self, x: Tensor, path: str | Path) -> Path:
         """Draws samples, (n, *shape), or a trajectory, (steps + 1, n, *shape), to a PNG."""
@@ -270,7 +306,7 @@ class DiffusionModel:
         self,
         n: int | None = None,
         *,
-        data: Data | None = None,
+        data: Data | Array | str | None = None,
         features: str | None = None,
         seed: int = 0,
         limit: int = 5000,
@@ -281,16 +317,21 @@ class DiffusionModel:
 
         Arguments:
             n: How many samples; as many as there are held-out data by default, at most `limit`.
-            data: Other data than the run's own.
+            data: Where the run's own data are now, or other data of the same kind.
             features: A named feature map; see `kakusan.inference.features`.
             seed: Fixes samples, subsets and directions.
             limit: The most samples, held-out and training points to use.
             quiet: Whether to show no progress.
             **options: As in `sample`.
         """
-        data = data or self.data or load(self.config.data, self.config.seed)
+        data = self._data(data)
         test, label = judge.gather(data.test, limit, seed)
-        n = n or len(test)
+        n = len(test) if n is None else n
+        if min(n, len(test), limit) < LEAST:
+            raise UsageError(
+                f"the metrics need at least {LEAST} samples and held-out points, got n={n} and "
+                f"{len(test)} held-out points"
+            )
         if isinstance(data.train, Stream):
             train, train_label = _first(data.train, limit)
         else:
@@ -300,6 +341,23 @@ class DiffusionModel:
         return judge.evaluate(
             self.denoiser, x, test, train, known, train_label, features, seed, limit
         )
+
+    def _data(self, data: Data | Array | str | None) -> Data:
+        """The data to be judged by, split and encoded as in training."""
+        if isinstance(data, Data):
+            return data
+        if data is None and self.data is not None:
+            return self.data
+        index = stored(self.folder)[0] if self.folder is not None else None
+        if isinstance(data, Array):
+            return as_data(data, test_index=index, codec=self.codec)
+        section = self.config.data
+        if data is not None:
+            section = section.model_copy(update={"source": str(data)})
+        if section.source == ARRAY:
+            raise UsageError("this model was trained on an array, which no run folder keeps; "
+                             "give it again as evaluate(data=...)")  # fmt: skip
+        return load(section, self.config.seed, index, self.codec)
 
     # --- files
 
@@ -341,7 +399,7 @@ class DiffusionModel:
         net = denoiser(config, codec.shape, len(names or ()), record["rms"])
         _load_weights(net, folder)
         net = net.eval().requires_grad_(False).to(device_of(device))
-        return cls(config, net, codec, names, shares)
+        return cls(config, net, codec, names, shares, folder=folder)
 
 
 def _described(folder: Path) -> dict[str, Any]:
@@ -363,11 +421,41 @@ def _load_weights(net: Denoiser, folder: Path) -> None:
             raise
         warnings.warn(f"{error}; using the checkpoint of step {point.step}", stacklevel=3)
         weights = point.average
-    try:
-        net.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise KakusanError(f"{path} does not fit the network of config.json: {reason}") from None
+    own = net.state_dict()
+    for name in (*own, *weights):
+        here, there = (tuple(w[name].shape) if name in w else "missing" for w in (weights, own))
+        if here != there:
+            raise KakusanError(
+                f"{path} does not fit the network of config.json: {name} is {here}, not {there}"
+            )
+    net.load_state_dict(weights)
+
+
+def _wanted(source: Any, labels: Any, options: dict[str, Any]) -> tuple[Config, Array | None]:
+    """The configuration and, where the data came as one, the array."""
+    if isinstance(source, Config):
+        if options:
+            raise UsageError(f"a Config leaves no room for {', '.join(options)}; put them into it")
+        return source, None
+    if isinstance(source, (str, Path)):
+        name, array = str(source), None
+    elif isinstance(source, Array):
+        name, array = ARRAY, source
+    else:
+        raise UsageError(
+            f"fit learns from a name, a path, a tensor, an array or a Config, not from "
+            f"{type(source).__name__}; torch.as_tensor(...) makes a tensor of it"
+        )
+    if labels is not None and array is None:
+        raise UsageError(f"labels go with a tensor or array; for {name} set data.labels")
+    config = configure(base=options)
+    section = config.data.model_copy(update={"source": name})
+    return config.model_copy(update={"data": section}), array
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a folder holds weights that a new run would destroy."""
+    return (folder / "model.safetensors").exists() or bool(checkpoint.existing(folder))
 
 
 def stored(folder: Path) -> tuple[Tensor | None, Codec]:

@@ -79,7 +79,7 @@ def loss_by_level(
             parts.append((guess - v).square().flatten(1).mean(1).double().cpu())
         rows.append(torch.cat(parts))
     loss = torch.stack(rows)
-    return Levels(
-        times, process.angle(times).rad2deg(), loss.mean(1), loss.std(1) / loss.shape[1] ** 0.5,
-        loss.shape[1],
-    )  # fmt: skip
+    n = loss.shape[1]
+    spread = loss.std(1, correction=min(1, n - 1))  # a single sample has none
+    degrees = process.angle(times).rad2deg()
+    return Levels(times, degrees, loss.mean(1), spread / n**0.5, n)

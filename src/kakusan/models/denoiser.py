@@ -101,17 +101,26 @@ class Denoiser(nn.Module):
 
     def raw(self, x: State, t: Time, label: Tensor | None = None) -> Tensor:
         """The network's own output F, on its input brought to unit variance."""
-        alpha, sigma = self.process.coefficients(t)
-        size = _hypot(sigma, alpha * self.data_std)
-        level = _level(sigma, alpha * self.data_std, t)
-        return self.net(_times(1 / size, x), level, label)
+        return self._raw(*self.process.coefficients(t), x, t, label)
+
+    def _raw(
+        self, alpha: Number, sigma: Number, x: State, t: Time, label: Tensor | None
+    ) -> Tensor:
+        signal = alpha * self.data_std
+        level = _level(sigma, signal, t)
+        return self.net(_times(1 / _hypot(sigma, signal), x), level, label)
 
     def view(self, a: Number, b: Number, x: State, t: Time, label: Tensor | None = None) -> State:
         """The estimate of a x_0 + b eps: (a, b) = (1, 0) denoises, (0, 1) finds the noise."""
-        alpha, sigma = self.process.coefficients(t)
+        return self._view(a, b, *self.process.coefficients(t), x, t, label)
+
+    def _view(
+        self, a: Number, b: Number, alpha: Number, sigma: Number,
+        x: State, t: Time, label: Tensor | None,
+    ) -> State:  # fmt: skip
         p, q = self.row(alpha, sigma)
         det = alpha * q - sigma * p
-        F = self.raw(x, t, label).to(x.dtype)
+        F = self._raw(alpha, sigma, x, t, label).to(x.dtype)
         from_x, from_F = (a * q - b * p) / det, (b * alpha - a * sigma) / det
         if isinstance(from_x, float) and abs(from_x) < ROUNDING:
             return _times(from_F, F)  # the network predicts just what is asked
@@ -128,7 +137,7 @@ class Denoiser(nn.Module):
     def velocity(self, x: State, t: Time, label: Tensor | None = None) -> State:
         """E[cos(phi) eps - sin(phi) x_0 | x_t = x], the angular velocity of the flow."""
         alpha, sigma = self.process.coefficients(t)
-        return self.view(*_v(alpha, sigma, 1.0), x, t, label)
+        return self._view(*_v(alpha, sigma, 1.0), alpha, sigma, x, t, label)
 
     @property
     def score(self) -> Conditioned:
@@ -187,4 +196,4 @@ def _level(sigma: Number, alpha: Number, t: Time) -> Tensor:
     """The angle over pi/2, a float64 tensor with the shape of t."""
     if isinstance(sigma, Tensor):
         return torch.atan2(sigma, alpha) / (math.pi / 2)
-    return t.new_full((), math.atan2(sigma, alpha) / (math.pi / 2), dtype=torch.float64)
+    return torch.tensor(math.atan2(sigma, alpha) / (math.pi / 2), dtype=torch.float64)

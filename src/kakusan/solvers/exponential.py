@@ -23,7 +23,8 @@ References:
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,8 +60,9 @@ class Memory(NamedTuple):
 
     velocity: Field
     plan: list[Level]
-    k: int
-    past: tuple[tuple[float, Tensor], ...]
+    k: int = 0
+    past: tuple[Tensor, ...] = ()
+    weights: Sequence[list[float]] = ()
 
 
 def _plan(process: LinearSDE, noise: float, grid: Tensor) -> list[Level]:
@@ -71,10 +73,10 @@ def _plan(process: LinearSDE, noise: float, grid: Tensor) -> list[Level]:
     kept = (o_s**2 - noise**2 * b).clamp(min=0).sqrt()
     z = noise * (b / grid.diff().abs()).sqrt()
     columns = (
-        torch.hypot(a_t, o_t),
+        torch.hypot(a_t, o_t).round(decimals=15),
         torch.atan2(o_t, a_t),
         torch.atan2(kept, a_s),
-        torch.hypot(a_s, kept),
+        torch.hypot(a_s, kept).round(decimals=15),
         z,
     )
     return [Level(*row) for row in torch.stack(columns, 1).tolist()]
@@ -94,7 +96,7 @@ class Angular(Method):
         if not 0 <= sde.noise <= 1:
             raise KakusanError(f"{type(self).__name__} takes noise in [0, 1], got {sde.noise}")
         plan = _plan(sde.sde, sde.noise, grid)
-        return Memory(velocity_of(sde.sde, sde.score), plan, 0, ())
+        return Memory(velocity_of(sde.sde, sde.score), plan)
 
 
 class Ancestral(Angular):
@@ -107,9 +109,10 @@ class Ancestral(Angular):
         r, phi, psi, scale, z = state.plan[state.k]
         turn = psi - phi
         v = state.velocity(x, t)
-        x = torch.add(x * (scale * math.cos(turn) / r), v, alpha=scale * math.sin(turn))
+        shrink = scale * math.cos(turn) / r
+        x = torch.add(x * shrink, v, alpha=scale * math.sin(turn))
         if dw is not None:
-            x = x.add_(dw, alpha=z)
+            x.add_(dw, alpha=z)
         return x, state._replace(k=state.k + 1)
 
 
@@ -134,35 +137,57 @@ class Multistep(Angular):
             raise KakusanError(f"Multistep extrapolates 1 to 4 velocities, got {order}")
         self.order = order
 
+    def init(self, sde: SDE, x: State, grid: Tensor) -> Memory:
+        """Plans the steps and, at once for all of them, the weights of their velocities."""
+        memory = super().init(sde, x, grid)
+        return memory._replace(weights=self._weights(torch.tensor(memory.plan, dtype=grid.dtype)))
+
+    def _weights(self, plan: Tensor) -> list[list[float]]:
+        """For each step, what it adds of the velocities seen so far, the newest first."""
+        first = [self._weighted(plan, k, k + 1)[0] for k in range(min(self.order, len(plan)))]
+        return first + self._weighted(plan, self.order, len(plan))
+
+    def _weighted(self, plan: Tensor, start: int, stop: int) -> list[list[float]]:
+        """The weights of the steps from start to stop, which have equally many velocities."""
+        if start >= stop:
+            return []
+        _, phi, psi, scale, _ = plan.T
+        nodes = [phi[start - i : stop - i] for i in range(min(start, self.order) + 1)]
+        now, before = slice(start, stop), slice(start - 1, stop - 1)
+        ahead = integral_weights(nodes[: self.order], phi[now], psi[now])
+        weights = [scale[now] * w for w in ahead] + [torch.zeros_like(phi[now])] * (
+            len(nodes) - len(ahead)
+        )
+        if start:
+            # what the last step would have added of each, had it known the newest velocity
+            known = integral_weights(nodes, phi[before], psi[before])
+            guess = integral_weights(nodes[1:], phi[before], psi[before])
+            ratio = scale[now] / plan[now, 0] * scale[before]
+            for i, (w, g) in enumerate(zip(known, [0.0, *guess], strict=True)):
+                weights[i] = weights[i] + ratio * (w - g)
+        return torch.stack(weights, 1).tolist()
+
     def step(
         self, sde: SDE, x: State, t: Time, s: Time, dw: Tensor | None, state: Memory
     ) -> tuple[State, Memory]:
         """Mends the last step, goes on from there, adds the noise: one sum of velocities."""
-        r, phi, psi, scale, z = state.plan[state.k]
-        seen = ((phi, state.velocity(x, t)), *state.past)
-        nodes = [p for p, _ in seen]
-        weights = [scale / r * c for c in self._mending(nodes, state)]
-        for i, w in enumerate(integral_weights(nodes[: self.order], phi, psi)):
-            weights[i] += scale * w
-        x = x * (scale / r)
-        for w, (_, v) in zip(weights, seen, strict=True):
-            x = x.add_(v, alpha=w)
+        r, _, _, scale, z = state.plan[state.k]
+        seen = (state.velocity(x, t), *state.past)
+        weights, shrink = state.weights[state.k], scale / r
+        x = torch.add(x, seen[0], alpha=weights[0] / shrink)
+        for v, w in zip(seen[1:], weights[1:], strict=True):
+            x.add_(v, alpha=w / shrink)
+        if shrink != 1:
+            x.mul_(shrink)
         if dw is not None:
-            x = x.add_(dw, alpha=z)
+            x.add_(dw, alpha=z)
         return x, state._replace(k=state.k + 1, past=seen[: self.order])
 
-    def _mending(self, nodes: list[float], state: Memory) -> list[float]:
-        """What to add of each velocity so that the last step had known the newest one."""
-        if state.k == 0:
-            return [0.0]
-        _, a, b, scale, _ = state.plan[state.k - 1]
-        known = integral_weights(nodes, a, b)
-        guessed = [0.0, *integral_weights(nodes[1:], a, b)]
-        return [scale * (w - g) for w, g in zip(known, guessed, strict=True)]
 
-
-def integral_weights(nodes: list[float], a: float, b: float) -> list[float]:
+def integral_weights(nodes: Sequence[Any], a: Any, b: Any) -> list[Any]:
     """Weights w with Σ w_i p(nodes_i) = ∫_a^b p, for every polynomial p through the nodes.
+
+    All arguments are floats, or tensors of one shape for many integrals at once.
 
     Example:
         >>> [round(w, 12) for w in integral_weights([0.0, -1.0], 0.0, 1.0)]
@@ -171,8 +196,8 @@ def integral_weights(nodes: list[float], a: float, b: float) -> list[float]:
     weights = []
     for i, node in enumerate(nodes):
         # coefficients of the Lagrange polynomial of this node, in powers of (phi - a)
-        poly, others = [1.0], nodes[:i] + nodes[i + 1 :]
-        for other in others:
+        poly: list[Any] = [1.0]
+        for other in (*nodes[:i], *nodes[i + 1 :]):
             c, shift = node - other, other - a
             rising, flat = [0.0, *poly], [*poly, 0.0]
             poly = [(u - shift * w) / c for u, w in zip(rising, flat, strict=True)]

@@ -54,10 +54,8 @@ def whole(path: Path) -> Iterator[Path]:
     except (OSError, safetensors.SafetensorError) as error:
         raise _said(error, path) from error
     finally:
-        if draft.is_dir():
-            shutil.rmtree(draft, ignore_errors=True)
-        else:
-            draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the error that matters is on its way already
+            shutil.rmtree(draft) if draft.is_dir() else draft.unlink(missing_ok=True)
 
 
 def _said(error: Exception, path: Path) -> KakusanError:

@@ -36,7 +36,7 @@ def device_of(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise UsageError(f"train.device = {name!r} cannot be used here; try cpu or auto") from None
+        raise UsageError(f"device {name!r} cannot be used here; try cpu or auto") from None
     return device
 
 

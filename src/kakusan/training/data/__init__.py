@@ -140,7 +140,7 @@ def _unknown(source: str, path: Path) -> KakusanError:
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         return KakusanError(f"there is no file or folder {path}{hint}")
     near = difflib.get_close_matches(source, [*KNOWN, "hub:NAME"], 1)
-    hint = f"; did you mean '{near[0]}'?" if near else ""
+    hint = f"; did you mean '{near[0]}'?" if near else "."
     return UsageError(
         f"no data source '{source}'{hint} Known are {', '.join(KNOWN)}, hub:NAME, and the path of "
         "a file or folder"

@@ -249,8 +249,8 @@ class _reading:  # noqa: N801 - reads as a verb: with _reading(path)
 def _npz_keys(keys: list[str], config: DataConfig, path: Path) -> tuple[str, str]:
     if config.labels is not None and config.labels not in keys:
         near = difflib.get_close_matches(config.labels, keys, 1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise UsageError(f"{path} has no array '{config.labels}'{hint} It holds {keys}")
+        hint = f"; did you mean '{near[0]}'?" if near else f"; it holds {', '.join(keys)}"
+        raise UsageError(f"{path} has no array '{config.labels}'{hint}")
     labels = config.labels or next((k for k in ("y", "labels") if k in keys), "")
     others = [k for k in keys if k != labels]
     named = [k for k in ("x", "data", "images") if k in others]
