@@ -475,7 +475,9 @@ def _rms(data: Data, most: int = 2048) -> float:
 
 
 def _spread(source: Source, most: int) -> tuple[Tensor, Tensor | None]:
-    return source.batch(torch.linspace(0, len(source) - 1, min(most, len(source))).long())
+    # float64: float32 cannot count past 16 million rows
+    places = torch.linspace(0, len(source) - 1, min(most, len(source)), dtype=torch.float64)
+    return source.batch(places.long())
 
 
 def _first(stream: Stream, n: int) -> tuple[Tensor, Tensor | None]:

@@ -16,8 +16,9 @@ from kakusan import (
     UniformTimes,
     UsageError,
 )
+from kakusan.inference.levels import loss_by_level
 from kakusan.models.denoiser import ROWS
-from problems import F64, NAMES, PROCESSES, mixture, time, times
+from problems import F64, NAMES, PROCESSES, gaussian, mixture, time, times
 
 each = pytest.mark.parametrize("process", PROCESSES, ids=NAMES)
 every_row = pytest.mark.parametrize("predict", ROWS)
@@ -193,3 +194,38 @@ def test_uniform_weight_is_plain_error():
     eps = torch.randn(4, 6)
     loss = Denoising(Uniform()).at(model, torch.zeros(4, 6), eps, torch.full((4,), 0.5, dtype=F64))
     assert torch.allclose(loss, eps.square().mean(1))
+
+
+@each
+def test_log_density_and_score_of_the_mixture_belong_together(process):
+    """The oracle itself: its score is the gradient of a log-density that integrates to 1."""
+    m = mixture(process)
+    for t in times(process, 4):
+        x = (m.sample(20, torch.Generator().manual_seed(1)) * process.alpha(t)).requires_grad_()
+        (gradient,) = torch.autograd.grad(m.log_prob(x, t).sum(), x)
+        assert torch.allclose(gradient, m(x.detach(), t), rtol=1e-8, atol=1e-10), (process, t)
+    t = time(process.span[1] * 0.02)
+    wide = 9 * torch.hypot(process.alpha(t), process.sigma(t)).item()
+    axis = torch.linspace(-wide, wide, 401, dtype=F64)
+    cell = (axis[1] - axis[0]) ** 2
+    mass = m.log_prob(torch.cartesian_prod(axis, axis), t).exp().sum() * cell
+    assert abs(mass - 1) < 1e-3, (process, mass)
+
+
+def test_loss_by_level_of_the_oracle_is_the_posterior_spread():
+    """For N(mu, s²) data E|v - v_hat|² is Var(x_0 | x_t) / sin² of the angle, at every level."""
+    process, s2, n = PROCESSES[3], 0.36, 20_000
+    truth = gaussian(process, variance=s2)
+
+    class Oracle(Denoiser):
+        def velocity(self, x, t, label=None):
+            return truth.velocity(x, t)
+
+    x0 = truth.sample(n, torch.Generator().manual_seed(0))
+    found = loss_by_level(Oracle(None, process), x0, levels=6, batch=5000)
+    alpha2, sigma2 = process.alpha(found.t) ** 2, process.variance(found.t)
+    spread = s2 * sigma2 / (alpha2 * s2 + sigma2)  # Var(x_0 | x_t)
+    # v = (alpha eps - sigma x_0) / r and eps = (x_t - alpha x_0) / sigma: v moves by -r/sigma dx_0
+    exact = spread * (alpha2 + sigma2) / sigma2
+    assert ((found.loss - exact).abs() < 4 * found.std_error).all(), (found.loss, exact)
+    assert found.n == n

@@ -28,12 +28,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Number:
-    """A numeric column."""
+    """A numeric column; samples are rounded to the decimals that its data have."""
 
     name: str
     type: str
     mean: float = 0.0
     std: float = 1.0
+    decimals: int | None = None
     width: ClassVar[int] = 1
 
     @property
@@ -61,7 +62,22 @@ class Number:
             # the largest 64-bit integers round up to floats beyond their type
             top = np.nextafter(float(info.max), 0) if info.bits == 64 else info.max
             values = np.clip(np.rint(values), info.min, top)
+        elif self.decimals is not None:
+            values = np.round(values, self.decimals)
         return pa.array(values.astype(dtype), kind)
+
+
+def decimals(values: np.ndarray, most: int = 6) -> int | None:
+    """How many decimals write these numbers exactly; None where `most` do not.
+
+    Example:
+        >>> decimals(np.array([39.1, 18.25])), decimals(np.array([1 / 3]))
+        (2, None)
+    """
+    for k in range(most + 1):
+        if np.allclose(values, np.round(values, k), rtol=1e-12, atol=0):
+            return k
+    return None
 
 
 @dataclass(frozen=True)

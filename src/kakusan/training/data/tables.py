@@ -27,6 +27,7 @@ from kakusan.training.data.columns import (
     Number,
     TableCodec,
     as_text,
+    decimals,
     flat,
     type_text,
 )
@@ -64,8 +65,10 @@ class TableRows(Rows):
         """Means and deviations of the numeric columns over these rows."""
         means, stds = moments(iter([torch.from_numpy(self.codes[index])]))
         columns = [
-            replace(c, mean=m, std=s) if isinstance(c, Number) else c
-            for c, m, s in zip(self.codec.columns, means, stds, strict=True)
+            replace(c, mean=m, std=s, decimals=decimals(self.codes[index, i]))
+            if isinstance(c, Number)
+            else c
+            for i, (c, m, s) in enumerate(zip(self.codec.columns, means, stds, strict=True))
         ]
         return replace(self.codec, columns=tuple(columns))
 
