@@ -9,6 +9,8 @@ from sklearn.linear_model import LogisticRegression
 from kakusan.errors import KakusanError, UsageError
 from kakusan.inference import features as feats
 from kakusan.inference import metrics as km
+from kakusan.inference.metrics import comparison
+from kakusan.inference.metrics.neighbours import _nearest
 
 torch.set_num_threads(1)
 
@@ -215,7 +217,7 @@ def test_chunks_change_nothing():
     for metric in (km.energy_distance, km.mmd, km.kernel_distance):
         assert metric(x, y, chunk=32) == pytest.approx(metric(x, y, chunk=1000), rel=1e-9)
     assert km.precision_recall(x, y, chunk=32) == km.precision_recall(x, y, chunk=1000)
-    near_by, near_at_once = km._nearest(x, y, chunk=16), km._nearest(x, y)
+    near_by, near_at_once = _nearest(x, y, chunk=16), _nearest(x, y)
     assert torch.equal(near_by, near_at_once)
 
 
@@ -253,7 +255,7 @@ def test_compare_prints_every_metric_beside_its_floor():
 
 def test_compare_measures_value_and_floor_at_equal_counts(monkeypatch):
     seen = []
-    monkeypatch.setattr(km, "_measure", lambda x, y, *_: seen.append((len(x), len(y))) or {})
+    monkeypatch.setattr(comparison, "_measure", lambda x, y, *_: seen.append((len(x), len(y))) or {})
     km.compare(normal(90, 2, 0), normal(70, 2, 1), normal(80, 2, 2), feats.Pixels(), limit=75)
     assert seen == [(75, 70), (75, 70)]
 

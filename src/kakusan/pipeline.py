@@ -6,7 +6,6 @@ takes them back to the units, columns and types of the data.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,18 +21,18 @@ from kakusan.errors import KakusanError, UsageError
 from kakusan.inference import judge
 from kakusan.models.denoiser import Denoiser
 from kakusan.solvers.exponential import generate
-from kakusan.training import checkpoint, files
+from kakusan.training import checkpoint, files, run
 from kakusan.training.build import denoiser, resolved
 from kakusan.training.config import Config, configure
 from kakusan.training.data import (
     Codec,
     Data,
-    Source,
     Stream,
     TableCodec,
     as_data,
     codec_from_json,
     load,
+    statistics,
 )
 from kakusan.training.fit import fit
 from kakusan.training.placement import device_of
@@ -103,7 +102,7 @@ class DiffusionModel:
         point = None
         if folder is not None and resume:
             point = checkpoint.newest(folder)
-        elif folder is not None and holds_run(folder):
+        elif folder is not None and run.holds_run(folder):
             raise UsageError(
                 f"{folder} already holds a run; go on with it by --resume --out {folder}, choose "
                 "another --out, or remove it"
@@ -113,7 +112,7 @@ class DiffusionModel:
                 f"{folder} has been trained for {point.step} steps already, and train.steps is "
                 f"{config.train.steps}; set it higher to go on"
             )
-        kept = stored(folder) if folder and point else (None, None)
+        kept = run.stored(folder) if folder and point else (None, None)
         if data is None:
             found = load(config.data, config.seed, *kept)
         else:
@@ -137,10 +136,10 @@ class DiffusionModel:
         config = resolved(config, shape)
         model = cls(
             config,
-            denoiser(config, shape, len(names or ()), _rms(data)),
+            denoiser(config, shape, len(names or ()), statistics.rms(data)),
             data.codec,
             names,
-            _shares(data, len(names)) if names else None,
+            statistics.shares(data, len(names)) if names else None,
             data,
         )
         if folder is not None:
@@ -333,7 +332,7 @@ class DiffusionModel:
                 f"{len(test)} held-out points"
             )
         if isinstance(data.train, Stream):
-            train, train_label = _first(data.train, limit)
+            train, train_label = statistics.first(data.train, limit)
         else:
             train, train_label = judge.gather(data.train, max(limit, 20 * n), seed)
         x = self.sample(n, seed=seed, quiet=quiet, **options)
@@ -348,7 +347,7 @@ class DiffusionModel:
             return data
         if data is None and self.data is not None:
             return self.data
-        index = stored(self.folder)[0] if self.folder is not None else None
+        index = run.stored(self.folder)[0] if self.folder is not None else None
         if isinstance(data, Array):
             return as_data(data, test_index=index, codec=self.codec)
         section = self.config.data
@@ -393,42 +392,13 @@ class DiffusionModel:
         if not (folder / "config.json").is_file():
             raise KakusanError(f"{folder} is no run folder: it holds no config.json")
         config = configure(base=files.read_json(folder / "config.json"))
-        record = _described(folder)
+        record = run.described(folder)
         codec = codec_from_json(record["codec"])
         names, shares = (tuple(record[k]) if record[k] else None for k in ("classes", "shares"))
         net = denoiser(config, codec.shape, len(names or ()), record["rms"])
-        _load_weights(net, folder)
+        run.load_weights(net, folder)
         net = net.eval().requires_grad_(False).to(device_of(device))
         return cls(config, net, codec, names, shares, folder=folder)
-
-
-def _described(folder: Path) -> dict[str, Any]:
-    path = folder / "data.json"
-    record = files.read_json(path)
-    missing = {"codec", "classes", "shares", "rms"} - set(record)
-    if missing:
-        raise KakusanError(f"{path} is damaged: it has no {' and no '.join(sorted(missing))}")
-    return record
-
-
-def _load_weights(net: Denoiser, folder: Path) -> None:
-    path = folder / "model.safetensors"
-    try:
-        weights = files.read_tensors(path)
-    except KakusanError as error:
-        point = checkpoint.newest(folder)
-        if point is None:
-            raise
-        warnings.warn(f"{error}; using the checkpoint of step {point.step}", stacklevel=3)
-        weights = point.average
-    own = net.state_dict()
-    for name in (*own, *weights):
-        here, there = (tuple(w[name].shape) if name in w else "missing" for w in (weights, own))
-        if here != there:
-            raise KakusanError(
-                f"{path} does not fit the network of config.json: {name} is {here}, not {there}"
-            )
-    net.load_state_dict(weights)
 
 
 def _wanted(source: Any, labels: Any, options: dict[str, Any]) -> tuple[Config, Array | None]:
@@ -451,45 +421,3 @@ def _wanted(source: Any, labels: Any, options: dict[str, Any]) -> tuple[Config, 
     config = configure(base=options)
     section = config.data.model_copy(update={"source": name})
     return config.model_copy(update={"data": section}), array
-
-
-def holds_run(folder: Path) -> bool:
-    """Whether a folder holds weights that a new run would destroy."""
-    return (folder / "model.safetensors").exists() or bool(checkpoint.existing(folder))
-
-
-def stored(folder: Path) -> tuple[Tensor | None, Codec]:
-    """The split and the codec that a run folder keeps."""
-    record = _described(folder)
-    split = folder / "split.safetensors"
-    index = files.read_tensors(split)["test"] if split.exists() else None
-    return index, codec_from_json(record["codec"])
-
-
-def _rms(data: Data, most: int = 2048) -> float:
-    """The root mean square of the data in model units, from evenly spread samples."""
-    x, _ = (
-        _first(data.train, most) if isinstance(data.train, Stream) else _spread(data.train, most)
-    )
-    return max(x.square().mean().sqrt().item(), 1e-3)
-
-
-def _spread(source: Source, most: int) -> tuple[Tensor, Tensor | None]:
-    # float64: float32 cannot count past 16 million rows
-    places = torch.linspace(0, len(source) - 1, min(most, len(source)), dtype=torch.float64)
-    return source.batch(places.long())
-
-
-def _first(stream: Stream, n: int) -> tuple[Tensor, Tensor | None]:
-    return next(iter(stream.batches(n, 0)))
-
-
-def _shares(data: Data, classes: int) -> tuple[float, ...]:
-    if isinstance(data.train, Stream):
-        _, labels = _first(data.train, 2048)
-    else:
-        labels = data.train.labels
-    if labels is None:
-        return (1 / classes,) * classes
-    counts = torch.bincount(labels, minlength=classes).double()
-    return tuple((counts / counts.sum()).tolist())

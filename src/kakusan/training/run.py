@@ -1,0 +1,58 @@
+"""The files of a run folder that make a model whole again: see `checkpoint` for the list."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from kakusan.errors import KakusanError
+from kakusan.models.denoiser import Denoiser
+from kakusan.training import checkpoint, files
+from kakusan.training.data import Codec, codec_from_json
+
+
+def described(folder: Path) -> dict[str, Any]:
+    """What `data.json` of a run holds, complete."""
+    path = folder / "data.json"
+    record = files.read_json(path)
+    missing = {"codec", "classes", "shares", "rms"} - set(record)
+    if missing:
+        raise KakusanError(f"{path} is damaged: it has no {' and no '.join(sorted(missing))}")
+    return record
+
+
+def load_weights(net: Denoiser, folder: Path) -> None:
+    """Reads the weights that sample; damaged ones are named and a checkpoint takes their place."""
+    path = folder / "model.safetensors"
+    try:
+        weights = files.read_tensors(path)
+    except KakusanError as error:
+        point = checkpoint.newest(folder)
+        if point is None:
+            raise
+        warnings.warn(f"{error}; using the checkpoint of step {point.step}", stacklevel=3)
+        weights = point.average
+    own = net.state_dict()
+    for name in (*own, *weights):
+        here, there = (tuple(w[name].shape) if name in w else "missing" for w in (weights, own))
+        if here != there:
+            raise KakusanError(
+                f"{path} does not fit the network of config.json: {name} is {here}, not {there}"
+            )
+    net.load_state_dict(weights)
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a folder holds weights that a new run would destroy."""
+    return (folder / "model.safetensors").exists() or bool(checkpoint.existing(folder))
+
+
+def stored(folder: Path) -> tuple[Tensor | None, Codec]:
+    """The split and the codec that a run folder keeps."""
+    record = described(folder)
+    split = folder / "split.safetensors"
+    index = files.read_tensors(split)["test"] if split.exists() else None
+    return index, codec_from_json(record["codec"])
