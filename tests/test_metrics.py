@@ -255,7 +255,12 @@ def test_compare_prints_every_metric_beside_its_floor():
 
 def test_compare_measures_value_and_floor_at_equal_counts(monkeypatch):
     seen = []
-    monkeypatch.setattr(comparison, "_measure", lambda x, y, *_: seen.append((len(x), len(y))) or {})
+
+    def note(x, y, *_):
+        seen.append((len(x), len(y)))
+        return {}
+
+    monkeypatch.setattr(comparison, "_measure", note)
     km.compare(normal(90, 2, 0), normal(70, 2, 1), normal(80, 2, 2), feats.Pixels(), limit=75)
     assert seen == [(75, 70), (75, 70)]
 

@@ -6,6 +6,7 @@ takes them back to the units, columns and types of the data.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from kakusan import pictures
 from kakusan.core.noise import Keyed
 from kakusan.errors import KakusanError, UsageError
 from kakusan.inference import judge
+from kakusan.inference.metrics.comparison import MEASUREMENTS
 from kakusan.models.denoiser import Denoiser
 from kakusan.solvers.exponential import generate
 from kakusan.training import checkpoint, files, run
@@ -337,9 +339,14 @@ class DiffusionModel:
             train, train_label = judge.gather(data.train, max(limit, 20 * n), seed)
         x = self.sample(n, seed=seed, quiet=quiet, **options)
         known = label if self.classes else None
-        return judge.evaluate(
-            self.denoiser, x, test, train, known, train_label, features, seed, limit
-        )
+        with progress("measure", MEASUREMENTS, quiet=quiet) as advance:
+            count = itertools.count()
+            found = judge.evaluate(
+                self.denoiser, x, test, train, known, train_label, features, seed, limit,
+                tick=lambda name: advance(next(count), name),
+            )  # fmt: skip
+            advance(MEASUREMENTS)
+            return found
 
     def _data(self, data: Data | Array | str | None) -> Data:
         """The data to be judged by, split and encoded as in training."""

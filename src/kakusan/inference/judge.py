@@ -15,6 +15,7 @@ from torch import Tensor
 from kakusan.inference.features import features_named
 from kakusan.inference.levels import Levels, loss_by_level
 from kakusan.inference.metrics import Row, compare
+from kakusan.inference.metrics.comparison import Tick
 from kakusan.models.denoiser import Denoiser
 
 
@@ -80,6 +81,7 @@ def evaluate(
     features: str | None = None,
     seed: int = 0,
     limit: int = 5000,
+    tick: Tick = lambda name: None,
 ) -> Evaluation:
     """Judges samples and their model against held-out data.
 
@@ -93,12 +95,13 @@ def evaluate(
         features: A named feature map; pixels for vectors, a random network for images otherwise.
         seed: Draws subsets, directions and folds.
         limit: The most samples and held-out points to use.
+        tick: Called before each measurement with its name.
     """
     name = features or (
         "random-conv-0" if test.ndim == 4 and min(test.shape[2:]) >= 8 else "pixels-pca64"
     )
     named = features_named(name, train, train_label)
-    metrics = compare(samples, test, train, named, seed, limit)
+    metrics = compare(samples, test, train, named, seed, limit, tick)
     device = next(model.parameters()).device
     some = slice(0, min(len(test), 1024))
     known = None if label is None else label[some].to(device)

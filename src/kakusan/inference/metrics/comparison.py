@@ -1,6 +1,8 @@
 """Every metric at once, each beside its floor."""
 
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -26,6 +28,9 @@ from kakusan.inference.metrics.neighbours import (
     two_sample_test,
 )
 
+Tick = Callable[[str], None]
+MEASUREMENTS = 15
+
 
 def compare(
     samples: Tensor,
@@ -34,6 +39,7 @@ def compare(
     features: Features,
     seed: int = 0,
     limit: int = 5000,
+    tick: Tick = lambda name: None,
 ) -> dict[str, Row]:
     """Every metric of samples against the test split, beside its floor.
 
@@ -49,6 +55,7 @@ def compare(
         features: A feature map, already fitted where it needs to be.
         seed: Draws the subsets, directions, folds and groups.
         limit: At most so many samples, and so many test points, are used, drawn by seed.
+        tick: Called with the name of each measurement before it, `MEASUREMENTS` times.
 
     Returns:
         A `Row` for each metric by name. `nearest_neighbour` is missing, with a warning, where the
@@ -59,13 +66,14 @@ def compare(
         same_shape(samples, x)
     n = min(len(samples), len(train), limit)  # the floor needs as many training points
     sets = [subset(samples, n, seed), subset(train, n, seed + 1), subset(test, limit, seed + 2)]
-    values = _measure(sets[0], sets[2], features, seed)
-    floors = _measure(sets[1], sets[2], features, seed)
+    values = _measure(sets[0], sets[2], features, seed, tick)
+    floors = _measure(sets[1], sets[2], features, seed, tick)
     on_values = ("sliced_wasserstein", "energy_distance", "mmd", "two_sample_test")
     rows = {
         name: Row(*v, *floors[name][:2], "values" if name in on_values else features.name)
         for name, v in values.items()
     }
+    tick("nearest neighbour")
     try:
         near = nearest_neighbour(sets[0], train, sets[2], seed=seed)
         rows["nearest_neighbour"] = Row(near.ratio, near.std_error, near.n, 1.0, 0.0, "values")
@@ -74,16 +82,23 @@ def compare(
     return rows
 
 
-def _measure(x: Tensor, y: Tensor, features: Features, seed: int) -> dict[str, Estimate]:
+def _measure(
+    x: Tensor, y: Tensor, features: Features, seed: int, tick: Tick
+) -> dict[str, Estimate]:
     fx, fy = features(x), features(y)
-    precision, recall = precision_recall(fx, fy, seed=seed)
-    return {
-        "sliced_wasserstein": sliced_wasserstein(x, y, seed=seed),
-        "energy_distance": energy_distance(x, y),
-        "mmd": mmd(x, y, seed=seed),
-        "two_sample_test": two_sample_test(x, y, seed=seed),
-        "precision": precision,
-        "recall": recall,
-        "frechet": frechet(fx, fy, seed=seed),
-        "kernel_distance": kernel_distance(fx, fy),
+    found: dict[str, Estimate] = {}
+    measures: dict[str, Callable[[], Any]] = {
+        "sliced_wasserstein": lambda: sliced_wasserstein(x, y, seed=seed),
+        "energy_distance": lambda: energy_distance(x, y),
+        "mmd": lambda: mmd(x, y, seed=seed),
+        "two_sample_test": lambda: two_sample_test(x, y, seed=seed),
+        "precision recall": lambda: precision_recall(fx, fy, seed=seed),
+        "frechet": lambda: frechet(fx, fy, seed=seed),
+        "kernel_distance": lambda: kernel_distance(fx, fy),
     }
+    for name, measure in measures.items():
+        tick(name.replace("_", " "))
+        result = measure()
+        # a pair of names is a pair of numbers
+        found |= zip(name.split(), result, strict=True) if " " in name else {name: result}
+    return found
