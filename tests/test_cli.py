@@ -167,6 +167,8 @@ def test_unknown_words_name_the_nearest_known(kakusan):
         (("sample",), "Missing argument 'RUN'"),
         (("train", "train.steps=0"), "greater than or equal to 1"),
         (("train", "model.net=unet", "--data", "two-moons"), "unet needs images"),
+        (("train", "model.multipliers=[0]"), "greater than 0"),
+        (("train", "process.sigma_min=90"), "sigma_min=90.0 must lie below sigma_max=80.0"),
         (("train", "model.predict=epsilon"), "use model.predict=v, or process.name=vp"),
         (("train", "train.device=abacus"), "device 'abacus' cannot be used here"),
     ):

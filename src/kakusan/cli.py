@@ -95,11 +95,14 @@ def train(
     Example:  kakusan train --data digits --out runs/digits train.steps=500
     """  # fmt: skip
     from kakusan.training.config import configure
+    from kakusan.training.run import resumed
 
     words = [*(overrides or []), *([f"data.source={json.dumps(data)}"] if data else [])]
-    settings = _resumed(out, config, words) if resume else configure(config, words)
+    settings = configure(config, words)
+    if resume and out is None:
+        raise UsageError("--resume needs --out, the run folder to go on with")
     if dry_run:
-        _print_settings(settings, as_json)
+        _print_settings(_shown(resumed(out, settings) if resume and out else settings), as_json)
         return
     folder = out or Path("runs") / _name(settings.data.source)
     from kakusan.pipeline import DiffusionModel
@@ -229,24 +232,12 @@ def evaluate(
 # --- small helpers
 
 
-def _resumed(out: Path | None, config: Path | None, words: list[str]) -> Config:
-    """The stored settings of a run with changes that leave it the same run."""
-    from kakusan.training import files
-    from kakusan.training.config import configure
+def _shown(settings: Config) -> Config:
+    """The settings with what the shape of the data decides."""
+    from kakusan.training.build import resolved
+    from kakusan.training.data import load
 
-    if out is None:
-        raise UsageError("--resume needs --out, the run folder to go on with")
-    if not (out / "config.json").is_file():
-        raise KakusanError(f"there is no run to resume in {out}; start it without --resume")
-    base = files.read_json(out / "config.json")
-    before, now = configure(base=base), configure(config, words, base)
-    for name in type(now).model_fields:
-        if name not in ("train", "sample") and getattr(now, name) != getattr(before, name):
-            raise UsageError(
-                f"{name} cannot change when a run resumes; train and sample can, anything else is "
-                "a new run: use another --out"
-            )
-    return now
+    return resolved(settings, load(settings.data, settings.seed).codec.shape)
 
 
 def _name(source: str) -> str:

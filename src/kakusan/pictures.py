@@ -16,13 +16,13 @@ from torch import Tensor
 from kakusan.inference.judge import Evaluation
 from kakusan.training import files
 from kakusan.training.data.codecs import Codec, ImageCodec
+from kakusan.training.data.images import MODES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 INK, PAPER, DATA, MODEL = "#222222", "#ffffff", "#9aa5b1", "#d1495b"
-MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
 def samples(x: Tensor, codec: Codec, path: Path, beside: Tensor | None = None) -> Path:
@@ -44,8 +44,9 @@ def trajectories(x: Tensor, codec: Codec, path: Path) -> Path:
 
 
 def pixels(x: Tensor, codec: ImageCodec) -> np.ndarray:
-    """Images as uint8, (n, H, W, C)."""
-    return np.ascontiguousarray(codec.pixels(x).transpose(0, 2, 3, 1))
+    """Images as uint8, (n, H, W, C); of more channels than a picture has, the first."""
+    images = np.ascontiguousarray(codec.pixels(x).transpose(0, 2, 3, 1))
+    return images if images.shape[3] in MODES else images[..., :1]
 
 
 def grid(images: np.ndarray, columns: int | None = None, gap: int = 1) -> np.ndarray:

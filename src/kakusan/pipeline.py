@@ -7,6 +7,7 @@ takes them back to the units, columns and types of the data.
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,11 +100,12 @@ class DiffusionModel:
             >>> model.sample(3, seed=0).shape
             torch.Size([3, 2])
         """
-        config, data = _wanted(source, labels, options)
-        folder = None if out is None else Path(out)
-        point = None
-        if folder is not None and resume:
-            point = checkpoint.newest(folder)
+        config, array = _wanted(source, labels, options)
+        folder, point = None if out is None else Path(out), None
+        if resume:
+            if folder is None:
+                raise UsageError("resume needs out, the run folder to go on with")
+            config, point = run.resumed(folder, config), checkpoint.newest(folder)
         elif folder is not None and run.holds_run(folder):
             raise UsageError(
                 f"{folder} already holds a run; go on with it by --resume --out {folder}, choose "
@@ -114,16 +116,15 @@ class DiffusionModel:
                 f"{folder} has been trained for {point.step} steps already, and train.steps is "
                 f"{config.train.steps}; set it higher to go on"
             )
-        kept = run.stored(folder) if folder and point else (None, None)
-        if data is None:
-            found = load(config.data, config.seed, *kept)
+        index, codec = run.stored(folder) if folder and point else (None, None)
+        if array is None:
+            data = load(config.data, config.seed, index, codec)
         else:
             share = config.data.test_fraction
-            index, codec = kept
-            found = as_data(
-                data, labels, test_fraction=share, seed=config.seed, test_index=index, codec=codec
+            data = as_data(
+                array, labels, test_fraction=share, seed=config.seed, test_index=index, codec=codec
             )
-        return cls._fit(config, found, folder, point, quiet)
+        return cls._fit(config, data, folder, point, quiet)
 
     @classmethod
     def _fit(
@@ -136,15 +137,17 @@ class DiffusionModel:
     ) -> DiffusionModel:
         shape, names = data.codec.shape, data.classes if config.model.labels == "auto" else None
         config = resolved(config, shape)
-        model = cls(
-            config,
-            denoiser(config, shape, len(names or ()), statistics.rms(data)),
-            data.codec,
-            names,
-            statistics.shares(data, len(names)) if names else None,
-            data,
-        )
-        if folder is not None:
+        if folder is not None and point is not None:
+            # what the network was built for, not what the data would say today
+            record = run.described(folder)
+            run.same_classes(record["classes"], names, folder)
+            rms, shares = record["rms"], record["shares"]
+        else:
+            rms = statistics.rms(data)
+            shares = statistics.shares(data, len(names)) if names else None
+        net = denoiser(config, shape, len(names or ()), rms)
+        model = cls(config, net, data.codec, names, shares, data, folder)
+        if folder is not None and point is None:
             model._describe(folder)
 
         def draw(step: int, average: Denoiser) -> None:
@@ -153,7 +156,10 @@ class DiffusionModel:
             # a few samples of the average, beside nothing else: how far along are we
             now = DiffusionModel(config, average, data.codec, names, model.shares)
             path = folder / "samples" / f"step-{step}.png"
-            now.show(now.sample(64, seed=config.seed), path)
+            try:
+                now.show(now.sample(64, seed=config.seed), path)
+            except KakusanError as error:  # a picture is not worth a run
+                warnings.warn(f"no picture at step {step}: {error}", stacklevel=2)
 
         done = fit(config, model.denoiser, data, folder, point, draw, quiet)
         model.config, model.denoiser = done.config, done.model
@@ -229,6 +235,11 @@ class DiffusionModel:
             )
         if guidance != 1 and self.classes is None:
             raise UsageError(f"guidance {guidance} needs labels, and this model knows none")
+        if guidance != 1 and self.config.model.label_dropout == 0:
+            raise UsageError(
+                f"guidance {guidance} needs a model that has seen samples without label, and this "
+                "one was trained with model.label_dropout=0"
+            )
         wanted = self.labels(n, label, seed)
         return self._batches(n, steps, noise, seed, wanted, guidance, batch, keep)
 
@@ -267,6 +278,8 @@ class DiffusionModel:
             u = Keyed(seed, 0, CLASS).uniform(0, (n,), shares)
             return torch.searchsorted(shares.cumsum(0), u).clamp(max=len(self.classes) - 1)
         wanted = label if isinstance(label, (list, tuple)) else [label]
+        if not wanted:
+            raise UsageError(f"no class to draw was named; this model knows {self._known}")
         index = torch.tensor([self._class(w) for w in wanted])
         return index.repeat(-(-n // len(index)))[:n]
 
@@ -274,9 +287,13 @@ class DiffusionModel:
         names = self.classes or ()
         if str(name) in names:
             return names.index(str(name))
-        if isinstance(name, int) and 0 <= name < len(names):
-            return name
-        raise UsageError(f"no class {name!r}; this model knows {', '.join(names)}")
+        if str(name).isdigit() and int(name) < len(names):
+            return int(name)
+        raise UsageError(f"no class {name!r}; this model knows {self._known}")
+
+    @property
+    def _known(self) -> str:
+        return ", ".join(self.classes or ())
 
     def trajectory(self, n: int = 8, **options: Any) -> Tensor:
         """The way from noise to data of n samples, (steps + 1, n, *shape)."""
@@ -318,7 +335,8 @@ class DiffusionModel:
 
         Arguments:
             n: How many samples; as many as there are held-out data by default, at most `limit`.
-            data: Where the run's own data are now, or other data of the same kind.
+            data: Where the run's own data are now, if they have moved, or the array again that
+                the model was trained on; or other data, as `Data`.
             features: A named feature map; see `kakusan.inference.features`.
             seed: Fixes samples, subsets and directions.
             limit: The most samples, held-out and training points to use.
@@ -336,13 +354,17 @@ class DiffusionModel:
         if isinstance(data.train, Stream):
             train, train_label = statistics.first(data.train, limit)
         else:
-            train, train_label = judge.gather(data.train, max(limit, 20 * n), seed)
+            # enough to find copies in, but never more than a gigabyte
+            most = max(limit, min(20 * n, 250_000_000 // test[0].numel()))
+            train, train_label = judge.gather(data.train, most, seed)
+        # a wrong name should not cost the time of sampling
+        named = judge.features_of(features, train, train_label)
         x = self.sample(n, seed=seed, quiet=quiet, **options)
         known = label if self.classes else None
         with progress("measure", MEASUREMENTS, quiet=quiet) as advance:
             count = itertools.count()
             found = judge.evaluate(
-                self.denoiser, x, test, train, known, train_label, features, seed, limit,
+                self.denoiser, x, test, train, known, named, seed, limit,
                 tick=lambda name: advance(next(count), name),
             )  # fmt: skip
             advance(MEASUREMENTS)
@@ -354,9 +376,16 @@ class DiffusionModel:
             return data
         if data is None and self.data is not None:
             return self.data
-        index = run.stored(self.folder)[0] if self.folder is not None else None
+        index = self._held_out()
         if isinstance(data, Array):
-            return as_data(data, test_index=index, codec=self.codec)
+            share = self.config.data.test_fraction
+            return as_data(
+                data,
+                test_fraction=share,
+                seed=self.config.seed,
+                test_index=index,
+                codec=self.codec,
+            )
         section = self.config.data
         if data is not None:
             section = section.model_copy(update={"source": str(data)})
@@ -365,12 +394,19 @@ class DiffusionModel:
                              "give it again as evaluate(data=...)")  # fmt: skip
         return load(section, self.config.seed, index, self.codec)
 
+    def _held_out(self) -> Tensor | None:
+        """The numbers of the samples that were kept from training, where they are known."""
+        if self.data is not None:
+            return self.data.test_index
+        return run.stored(self.folder)[0] if self.folder is not None else None
+
     # --- files
 
     def _describe(self, folder: Path) -> None:
         files.write_json(folder / "config.json", self.config.model_dump())
-        if self.data is not None and self.data.test_index is not None:
-            files.write_tensors(folder / "split.safetensors", {"test": self.data.test_index})
+        index = self._held_out() if self.data is not None or self.folder != folder else None
+        if index is not None:
+            files.write_tensors(folder / "split.safetensors", {"test": index})
         record = {
             "codec": self.codec.to_json(),
             "classes": self.classes,
@@ -426,5 +462,8 @@ def _wanted(source: Any, labels: Any, options: dict[str, Any]) -> tuple[Config, 
     if labels is not None and array is None:
         raise UsageError(f"labels go with a tensor or array; for {name} set data.labels")
     config = configure(base=options)
+    given = config.data.model_fields_set - {"test_fraction"}
+    if array is not None and given:
+        raise UsageError(f"data.{min(given)} does not apply to a tensor or array")
     section = config.data.model_copy(update={"source": name})
     return config.model_copy(update={"data": section}), array

@@ -257,3 +257,11 @@ def test_angular_methods_need_the_reverse_of_a_linear_sde():
         Multistep(5)
     with pytest.raises(KakusanError, match="at least one step"):
         grids.uniform(0, 1, 0)
+
+
+def test_noise_that_does_not_fit_the_state_is_refused():
+    sde = SDE.of(lambda x, t: 0 * x, Dense(torch.ones(3, 2)))
+    with pytest.raises(
+        KakusanError, match=r"noise of shape \(4, 2\) to \(4, 3\).*state is \(4, 1, 3\)"
+    ):
+        solve(sde, torch.zeros(4, 1, 3), grids.uniform(0, 1, 2))

@@ -1,8 +1,8 @@
 r"""Time grids: functions that return a 1-D float64 tensor of n + 1 times.
 
 A grid is a tensor you can print. It runs from `start` to `end`, whichever way that is, and both
-ends are hit exactly. Grids that depend on a process (`log_snr`, `angle`) stand beside the process,
-in `kakusan.processes.linear`.
+ends are hit exactly. Grids that depend on a process (`log_snr_grid`, `angle_grid`)
+stand beside the process, in `kakusan.processes.linear`.
 
 References:
     Elucidating the design space of diffusion-based generative models (Karras et al., 2022)

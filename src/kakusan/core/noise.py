@@ -71,7 +71,8 @@ class Fresh(Noise):
     """
 
     def __init__(self, seed: int | None = None) -> None:
-        self.seed = torch.seed() if seed is None else seed
+        # a generator of its own: torch.seed() would reseed everybody's
+        self.seed = torch.Generator().seed() if seed is None else seed
         self._generator: torch.Generator | None = None
 
     def normal(self, step: int, shape: tuple[int, ...], like: Tensor) -> Tensor:

@@ -146,7 +146,7 @@ class Dense(Operator):
 
     def _times(self, G: Tensor, v: Tensor) -> Tensor:
         # small matrices: a broadcast product beats a batched gemm, and takes any derivative
-        return (G * v.flatten(1).unsqueeze(-2)).sum(-1)
+        return (G.to(v.dtype) * v.flatten(1).unsqueeze(-2)).sum(-1)
 
     def mv(self, z: Tensor) -> State:  # noqa: D102
         Gz = self._times(self.G, z)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kakusan.inference.features import features_named
+from kakusan.inference.features import Features, features_named
 from kakusan.inference.levels import Levels, loss_by_level
 from kakusan.inference.metrics import Row, compare
 from kakusan.inference.metrics.comparison import Tick
@@ -71,14 +71,19 @@ def gather(source: Any, most: int, seed: int) -> tuple[Tensor, Tensor | None]:
     return source.batch(drawn.sort().values)
 
 
+def features_of(name: str | None, train: Tensor, label: Tensor | None = None) -> Features:
+    """A named feature map; by default pixels for vectors, a random network for images."""
+    images = train.ndim == 4 and min(train.shape[2:]) >= 8
+    return features_named(name or ("random-conv-0" if images else "pixels-pca64"), train, label)
+
+
 def evaluate(
     model: Denoiser,
     samples: Tensor,
     test: Tensor,
     train: Tensor,
     label: Tensor | None = None,
-    train_label: Tensor | None = None,
-    features: str | None = None,
+    features: Features | None = None,
     seed: int = 0,
     limit: int = 5000,
     tick: Tick = lambda name: None,
@@ -91,19 +96,16 @@ def evaluate(
         test: Held-out data, (M, *shape).
         train: Training data, (K, *shape).
         label: The labels of the held-out data, where the model knows labels.
-        train_label: The labels of the training data, for features that learn from them.
-        features: A named feature map; pixels for vectors, a random network for images otherwise.
+        features: A feature map; that of `features_of` by default.
         seed: Draws subsets, directions and folds.
         limit: The most samples and held-out points to use.
         tick: Called before each measurement with its name.
     """
-    name = features or (
-        "random-conv-0" if test.ndim == 4 and min(test.shape[2:]) >= 8 else "pixels-pca64"
-    )
-    named = features_named(name, train, train_label)
+    named = features_of(None, train) if features is None else features
     metrics = compare(samples, test, train, named, seed, limit, tick)
     device = next(model.parameters()).device
-    some = slice(0, min(len(test), 1024))
+    # evenly spread: the first of a sorted data set would be of one class
+    some = torch.linspace(0, len(test) - 1, min(len(test), 1024), dtype=torch.float64).long()
     known = None if label is None else label[some].to(device)
     levels = loss_by_level(model, test[some].to(device), known, seed=seed)
     return Evaluation(metrics, levels, samples, test)

@@ -70,7 +70,8 @@ class Denoiser(nn.Module):
     """A network for a linear SDE: called, it returns E[x_0 | x_t].
 
     Arguments:
-        net: A network (x, level, label) -> like x; the level is the angle over pi/2, in [0, 1].
+        net: A network (x, level, label) -> like x; the level is atan2(sigma, alpha s) over pi/2,
+            in [0, 1].
         process: The forward process.
         predict: What the network's output means: a row of the table above.
         data_std: The standard deviation s of the data.

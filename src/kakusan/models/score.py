@@ -18,6 +18,11 @@ from kakusan.errors import KakusanError
 from kakusan.processes.linear import LinearSDE, ScoreField
 
 
+def _beside(c: Tensor, x: State, ndim: int) -> Tensor:
+    """Coefficients () or (B,) on the device of x, as (1 or B, 1, ...)."""
+    return c.to(x.device).reshape(-1, *(1,) * (ndim - 1))
+
+
 class ExactMixture(ScoreField):
     """The score of a Gaussian mixture under a linear SDE; on vectors.
 
@@ -49,13 +54,21 @@ class ExactMixture(ScoreField):
         self.values, self.vectors = torch.linalg.eigh(covariances.double())
 
     def _parts(self, x: State, t: Time) -> tuple[Tensor, Tensor, Tensor]:
-        alpha, variance = self.process.alpha(as_time(t)), self.process.variance(as_time(t))
-        alpha, variance = (c.reshape(-1, 1, 1) for c in (alpha, variance))
+        self._join(x.device)
+        alpha, variance = (
+            _beside(c(as_time(t)), x, 3) for c in (self.process.alpha, self.process.variance)
+        )
         S = alpha**2 * self.values + variance  # (B or 1, K, d) eigenvalues
         delta = (alpha * self.means - x.double().unsqueeze(1)).unsqueeze(-2) @ self.vectors
         delta = delta.squeeze(-2)
         log_p = self.weights.log() - 0.5 * (delta**2 / S + S.log()).sum(-1)
         return log_p - 0.5 * x.shape[1] * math.log(2 * math.pi), delta, S
+
+    def _join(self, device: torch.device) -> None:
+        """Follows the states to their device."""
+        if self.means.device != device:
+            for name in ("weights", "means", "values", "vectors"):
+                setattr(self, name, getattr(self, name).to(device))
 
     def log_prob(self, x: State, t: Time) -> Tensor:
         """Log p_t(x), with shape (B,), in float64."""
@@ -69,7 +82,7 @@ class ExactMixture(ScoreField):
 
     def denoised(self, x: State, t: Time) -> State:
         """E[x_0 | x_t = x]: the responsibilities' average of the posterior means."""
-        alpha = self.process.alpha(as_time(t)).reshape(-1, 1, 1)
+        alpha = _beside(self.process.alpha(as_time(t)), x, 3)
         log_p, delta, S = self._parts(x, t)
         # mu - C alpha S⁻¹ (alpha mu - x): no division by alpha or sigma
         back = ((alpha * self.values * delta / S).unsqueeze(-2) @ self.vectors.mT).squeeze(-2)
@@ -103,9 +116,9 @@ class ExactEmpirical(ScoreField):
 
     def denoised(self, x: State, t: Time) -> State:
         """E[x_0 | x_t = x]: the points' average, weighted by exp(-|x - alpha y|² / 2 sigma²)."""
-        alpha = self.process.alpha(as_time(t)).reshape(-1, 1)
-        variance = self.process.variance(as_time(t)).reshape(-1, 1)
-        u, y = x.flatten(1).double(), self.data.flatten(1).double()
+        alpha = _beside(self.process.alpha(as_time(t)), x, 2)
+        variance = _beside(self.process.variance(as_time(t)), x, 2)
+        u, y = x.flatten(1).double(), self.data.to(x.device).flatten(1).double()
         # |x - alpha y|² less |x|², which all points share
         distance = alpha**2 * (y**2).sum(1) - 2 * alpha * (u @ y.T)
         gap = distance - distance.amin(1, keepdim=True)

@@ -15,7 +15,8 @@ weight      lambda(t), on the score        factor on the error of F
 Uniform     whatever makes the factor 1    1
 SNR         sigma² (plain error of eps)    (alpha / det)²
 Likelihood  g²                             g² (alpha / (sigma det))²
-Karras      EDM's (sigma² + s²)/(sigma s)² (sigma² + alpha² s²) / (s det)²
+Karras      sigma² (sigma² + alpha² s²)    (sigma² + alpha² s²) / (s det)²
+            / (alpha s)²
 ==========  =============================  =====================================
 
 Times are drawn from numbers u in [0, 1) that the caller gives, one a sample, and come with an

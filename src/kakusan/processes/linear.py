@@ -12,7 +12,7 @@ the kernel and the samplers of `solvers.exponential` reach t = 0 itself.
 Every linear SDE lives in one plane: with r = sqrt(alpha² + sigma²) the scaled state x / r is
 cos(phi) x_0 + sin(phi) eps, with the angle phi = atan2(sigma, alpha) running from 0 (data) to at
 most pi/2 (noise). It is bounded and regular at both ends, which neither sigma nor the
-log-signal-to-noise ratio is; networks are told the noise level by it.
+log-signal-to-noise ratio is.
 
 References:
     Score-based generative modeling through SDEs (Song et al., 2021)

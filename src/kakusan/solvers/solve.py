@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kakusan.core.noise import Fresh, Noise
+from kakusan.core.operators import Operator
 from kakusan.core.types import State, Time
 from kakusan.errors import KakusanError
 from kakusan.processes.sde import SDE
@@ -80,6 +81,15 @@ def _check_arrow(sde: SDE, grid: Tensor) -> None:
         )
 
 
+def _check_shapes(x: State, shape: tuple[int, ...], G: Operator) -> None:
+    moved = G.mv(torch.zeros(shape, dtype=x.dtype, device=x.device))
+    if moved.shape != x.shape or moved.dtype != x.dtype:
+        raise KakusanError(
+            f"G takes noise of shape {shape} to {tuple(moved.shape)} in {moved.dtype}, but the "
+            f"state is {tuple(x.shape)} in {x.dtype}; flatten the state or reshape G"
+        )
+
+
 def solve(
     sde: SDE,
     x: State,
@@ -114,10 +124,12 @@ def solve(
     method = method or EulerMaruyama()
     noise = noise or Fresh()
     grid = _checked(sde, x, grid)
-    stochastic = not sde.diffusion(x, grid[0]).deterministic
+    G = sde.diffusion(x, grid[0])
+    stochastic = not G.deterministic
+    shape = sde.noise_shape(x) if stochastic else ()
     if stochastic:
         _check_arrow(sde, grid)
-    shape = sde.noise_shape(x) if stochastic else ()
+        _check_shapes(x, shape, G)
     h = grid.diff().tolist()
     times = grid.unbind()
     # forward-mode derivatives refuse expanded tensors, so the state owns its memory

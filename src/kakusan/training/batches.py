@@ -2,7 +2,8 @@
 
 The samples of all epochs stand in one endless row, each epoch in an order of its own; step k takes
 the places k B to (k + 1) B of that row. A resumed run therefore reads on exactly where the
-interrupted one would have. One batch is read ahead, in a thread, while the network works.
+interrupted one would have. Except for streams, one
+batch is read ahead, in a thread, while the network works.
 """
 
 from __future__ import annotations

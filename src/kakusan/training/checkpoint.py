@@ -54,13 +54,19 @@ def restore_optimizer(
     for full, value in tensors.items():
         key, name = full.split("/", 1)
         p = parameters[name]
-        # the step count stays where the optimiser keeps it; moments live beside the parameter
+        if value.shape == p.shape:
+            # the fused kernels walk moments and parameter alike, so their strides must agree
+            value = torch.empty_like(p).copy_(value)
         optimizer.state[p][key] = value.to(p.device)
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Writes `checkpoints/step-N` whole, then removes all but the newest `keep`."""
     target = folder / "checkpoints" / f"step-{checkpoint.step}"
+    # later steps are of a run that this one leaves behind; drafts, of one that was killed
+    stale = [p for p in existing(folder) if int(p.name[5:]) > checkpoint.step]
+    for old in (*stale, *target.parent.glob(".step-*.draft")):
+        shutil.rmtree(old, ignore_errors=True)
     with files.whole(target) as draft:
         draft.mkdir()
         for part in PARTS:

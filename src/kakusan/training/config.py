@@ -2,7 +2,7 @@
 
 A configuration is a frozen pydantic model in six sections. Every default is visible here; a file
 or a `section.key=value` holds only the differences; an unknown key is an error that names the
-nearest known one. Strings become objects in `pipeline.py`, nowhere below.
+nearest known one. Strings become objects in `build.py`, nowhere below.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from kakusan.errors import UsageError
 
@@ -65,6 +65,15 @@ class ProcessConfig(Section):
     sigma_max: float = Field(default=80.0, gt=0, description="ve, edm")
     steps: int = Field(default=1000, ge=1, description="ddpm: length of the linear beta table")
 
+    @model_validator(mode="after")
+    def _rising(self) -> ProcessConfig:
+        for low, high in (("beta_min", "beta_max"), ("sigma_min", "sigma_max")):
+            if getattr(self, low) >= getattr(self, high):
+                raise ValueError(
+                    f"{low}={getattr(self, low)} must lie below {high}={getattr(self, high)}"
+                )
+        return self
+
 
 class ModelConfig(Section):
     """The network, and what it predicts."""
@@ -72,15 +81,15 @@ class ModelConfig(Section):
     net: Literal["auto", "unet", "mlp"] = "auto"
     predict: Literal["v", "epsilon", "x0", "edm", "score", "flow"] = "v"
     width: int | None = Field(default=None, ge=8, description="channels (unet) or units (mlp)")
-    multipliers: list[int] | None = Field(
-        default=None, description="unet: channels per level / width"
+    multipliers: list[PositiveInt] | None = Field(
+        default=None, min_length=1, description="unet: channels per level / width"
     )
     blocks: int | None = Field(
         default=None, ge=1, description="unet: residual blocks per level; mlp: layers"
     )
     attention: int = Field(default=8, ge=0, description="unet: self-attention at sides up to this")
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    labels: Literal["auto", "off"] = Field(
+    labels: Literal["auto", "none"] = Field(
         default="auto", description="condition on labels where known"
     )
     label_dropout: float = Field(
@@ -111,7 +120,7 @@ class TrainConfig(Section):
     ema: float = Field(default=0.999, ge=0, lt=1, description="decay of the weight average")
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     layout: Literal["auto", "contiguous", "channels_last"] = "auto"
-    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps")
+    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1")
     compile: bool = False
     log_every: int = Field(default=50, ge=1)
     eval_every: int = Field(default=500, ge=1)
@@ -170,6 +179,8 @@ def configure(
         10
     """
     tree: dict[str, Any] = {}
+    if base is not None and not isinstance(base, dict):
+        raise UsageError(f"a configuration holds sections with keys, not {type(base).__name__}")
     _merge(tree, base or {})
     if file is not None:
         _merge(tree, _read_yaml(file))
@@ -190,6 +201,12 @@ def configure(
         return Config.model_validate(tree)
     except ValidationError as error:
         raise UsageError(_said(error)) from None
+
+
+def merged(tree: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """A tree of settings with more laid over it."""
+    _merge(tree, more)
+    return tree
 
 
 def _merge(tree: dict[str, Any], more: dict[str, Any]) -> None:
@@ -236,6 +253,8 @@ def _said(error: ValidationError) -> str:
         ]
         hint = f"did you mean {near[0]}?" if near else f"the sections are {', '.join(_sections())}"
         return f"unknown key {key!r}; {hint}"
+    if first["type"] == "value_error":
+        return f"{key}: {first['msg'].removeprefix('Value error, ')}"
     return f"{key} = {first['input']!r} does not fit: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 

@@ -1,7 +1,8 @@
 """Files that are written whole or not at all, and errors that name the file.
 
 A file or folder is first written beside its place under a name that starts with a dot, forced to
-the disk, and then renamed; a process killed at any instant leaves the old one or the new one.
+the disk, and then renamed; a process killed at any instant leaves the old file or the new one. A
+folder that is replaced is first removed, so names of folders should be new.
 """
 
 from __future__ import annotations
@@ -52,13 +53,14 @@ def whole(path: Path) -> Iterator[Path]:
         os.replace(draft, path)
         _sync(path.parent)
     except (OSError, safetensors.SafetensorError) as error:
-        raise _said(error, path) from error
+        raise said(error, path) from error
     finally:
         with contextlib.suppress(OSError):  # the error that matters is on its way already
             shutil.rmtree(draft) if draft.is_dir() else draft.unlink(missing_ok=True)
 
 
-def _said(error: Exception, path: Path) -> KakusanError:
+def said(error: Exception, path: Path) -> KakusanError:
+    """What went wrong when writing a file, as a sentence."""
     code = getattr(error, "errno", None)
     # the safetensors library wraps the system's error and keeps only its words
     if code == errno.ENOSPC or "No space left" in str(error) or "os error 28" in str(error):

@@ -32,7 +32,7 @@ from kakusan.training import files
 from kakusan.training.batches import batches
 from kakusan.training.build import objective
 from kakusan.training.config import Config, TrainConfig
-from kakusan.training.data import Data
+from kakusan.training.data import Data, statistics
 from kakusan.training.ema import Average
 from kakusan.training.placement import arrange, arranged, device_of, placed, precision
 from kakusan.training.progress import progress
@@ -41,7 +41,7 @@ NOISE, TIMES, LABELS, DROPOUT = 2, 3, 4, 5  # separate the uses of one seed
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, after the checkpoint was written."""
+    """Ctrl-C, after the checkpoint was written where there is a run folder."""
 
     def __init__(self, step: int, folder: Path | None) -> None:
         super().__init__(f"stopped after step {step}")
@@ -92,6 +92,19 @@ def fit(
         KakusanError: If the loss is not finite, or the disk is full.
         Interrupted: At Ctrl-C, once the checkpoint is written.
     """
+    with torch.random.fork_rng(enabled=config.model.dropout > 0):
+        return _fit(config, model, data, folder, resume, on_eval, quiet)
+
+
+def _fit(
+    config: Config,
+    model: Denoiser,
+    data: Data,
+    folder: Path | None,
+    resume: ckpt.Checkpoint | None,
+    on_eval: Callable[[int, Denoiser], None] | None,
+    quiet: bool,
+) -> Fitted:
     work = _prepare(config, model, data, resume)
     train, average = work.config.train, work.average
     if folder is not None:
@@ -102,16 +115,15 @@ def fit(
         Stop() as stop,
         Log(folder, work.first, train.tensorboard) as log,
         progress("train", train.steps, work.first, quiet) as advance,
-        torch.random.fork_rng(enabled=config.model.dropout > 0),
     ):
         for step in range(work.first, train.steps):
-            loss = _descend(work, *next(stream), step)
+            seen = _descend(work, *next(stream), step)
             average.update(model, step)
             done, last = step + 1, step + 1 == train.steps or stop.asked
             if last or any(done % n == 0 for n in (train.log_every, train.save_every)):
-                value = loss.item()  # the only place that waits for the device
-                if not math.isfinite(value):
-                    raise _not_finite(value, done, folder)
+                value, norm = seen.tolist()  # the only place that waits for the device
+                if not math.isfinite(value + norm):
+                    raise _not_finite(value, norm, done, folder)
                 seconds = round(time.perf_counter() - began, 3)
                 log.write(step=done, loss=value, lr=_rate(train, step), seconds=seconds)
                 advance(done, f"loss {value:.4f}")
@@ -120,7 +132,7 @@ def fit(
             if stop.asked and done < train.steps:
                 raise Interrupted(done, folder)
             if last or done % train.eval_every == 0:
-                log.write(step=done, test_loss=test_loss(average.model, data))
+                log.write(step=done, test_loss=test_loss(average.model, data, work.config))
                 if on_eval is not None:
                     on_eval(done, average.model)
             advance(done)
@@ -161,7 +173,7 @@ def _with(config: Config, train: TrainConfig) -> Config:
 
 
 def _descend(work: Work, x: Tensor, label: Tensor | None, step: int) -> Tensor:
-    """One step of the optimiser; returns the loss, on the device."""
+    """One step of the optimiser; returns loss and norm of its gradient, (2,), on the device."""
     train, optimizer = work.config.train, work.optimizer
     device = torch.device(train.device)
     for group in optimizer.param_groups:
@@ -170,12 +182,14 @@ def _descend(work: Work, x: Tensor, label: Tensor | None, step: int) -> Tensor:
         # dropout draws from the global generator: give it the step's own stream
         torch.manual_seed(mix(work.config.seed, DROPOUT, step))
     x = arranged(x.to(device, non_blocking=True), train.layout)
+    if label is not None and work.config.model.labels == "none":
+        label = None
     label = None if label is None else label.to(device, non_blocking=True)
     loss = _backward(work.config, work.goal, work.model, x, label, step)
-    torch.nn.utils.clip_grad_norm_(work.model.parameters(), train.clip, foreach=True)
+    norm = torch.nn.utils.clip_grad_norm_(work.model.parameters(), train.clip, foreach=True)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss
+    return torch.stack((loss, norm))
 
 
 def _backward(
@@ -195,8 +209,9 @@ def _backward(
         dropped = Keyed(config.seed, stream=LABELS).uniform(step, (n,), clock)
         label = label.masked_fill(dropped < config.model.label_dropout, -1)
     total = x.new_zeros(())
-    for part in torch.arange(n, device=x.device).chunk(config.train.accumulate):
-        at = slice(int(part[0]), int(part[-1]) + 1)
+    size = -(-n // config.train.accumulate)
+    for start in range(0, n, size):
+        at = slice(start, start + size)
         with precision(x.device, config.train.precision):
             given = None if label is None else label[at]
             losses = goal.at(model, x[at], eps[at], t[at], given)
@@ -217,11 +232,13 @@ def _rate(train: TrainConfig, step: int) -> float:
     return lr * 0.5 * (1 + math.cos(math.pi * rest))
 
 
-def test_loss(model: Denoiser, data: Data, most: int = 512) -> float:
-    """The mean denoising loss over noise levels, on the first samples of the held-out part."""
-    x, label = data.test.batch(torch.arange(min(most, len(data.test))))
+def test_loss(model: Denoiser, data: Data, config: Config, most: int = 512) -> float:
+    """The mean denoising loss over noise levels, on evenly spread held-out samples."""
+    x, label = statistics.spread(data.test, most)
     device = next(model.parameters()).device
-    label = None if label is None or data.classes is None else label.to(device)
+    if label is not None:
+        used = data.classes is not None and config.model.labels != "none"
+        label = label.to(device) if used else None
     return loss_by_level(model, x.to(device), label).mean
 
 
@@ -233,12 +250,12 @@ def _save(folder: Path, step: int, work: Work) -> None:
     files.write_tensors(folder / "model.safetensors", work.average.model.state_dict())
 
 
-def _not_finite(value: float, step: int, folder: Path | None) -> KakusanError:
+def _not_finite(value: float, norm: float, step: int, folder: Path | None) -> KakusanError:
     kept = ckpt.existing(folder)[:1] if folder is not None else []
     rest = f"; the last good checkpoint is {kept[0]}" if kept else ""
     return KakusanError(
-        f"the loss is {value} at step {step}{rest}; try a smaller train.lr, or "
-        "train.precision=float32"
+        f"the loss is {value} and its gradient {norm} at step {step}{rest}; try a smaller "
+        "train.lr, or train.precision=float32"
     )
 
 
@@ -293,8 +310,11 @@ class Log:
     def write(self, step: int, **values: float) -> None:
         """Adds a line."""
         if self.file is not None:
-            self.file.write(json.dumps({"step": step, **values}) + "\n")
-            self.file.flush()
+            try:
+                self.file.write(json.dumps({"step": step, **values}) + "\n")
+                self.file.flush()
+            except OSError as error:
+                raise files.said(error, Path(self.file.name)) from error
         if self.board is not None:
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)

@@ -82,10 +82,12 @@ class Condition(nn.Module):
         Returns:
             The condition, shape (B, dim), in the dtype of the parameters.
         """
-        features = sinusoids(t.reshape(-1), self.dim).to(self.first.weight.dtype)
+        weight = self.first.weight
+        # a single time lives on the CPU, where it can be read without waiting for a device
+        features = sinusoids(t.to(weight.device).reshape(-1), self.dim).to(weight.dtype)
         hidden = self.first(features).expand(batch, -1)
         if self.labels is not None:
-            hidden = hidden + self.labels(self.rows(label, batch, t.device))
+            hidden = hidden + self.labels(self.rows(label, batch, weight.device))
         elif label is not None:
             raise ValueError("this network was built without labels; build it with classes=...")
         return nn.functional.silu(self.second(nn.functional.silu(hidden)))
