@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import abc
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -55,16 +56,18 @@ class Noise(abc.ABC):
     """A source of Brownian increments for `solve`."""
 
     @abc.abstractmethod
-    def normal(self, step: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """Standard normal numbers for one step, with the dtype and device of `like`."""
+    def normal(self, step: int, shape: tuple[int, ...], like: Tensor, std: float = 1.0) -> Tensor:
+        """Normal numbers for one step, with the dtype and device of `like`."""
 
     def increment(self, step: int, h: float, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """Dw over a step of length h (of either sign), with variance |h|."""
-        return self.normal(step, shape, like).mul_(math.sqrt(abs(h)))
+        """Brownian increments over a step of length h (of either sign), with variance |h|."""
+        return self.normal(step, shape, like, math.sqrt(abs(h)))
 
 
 class Fresh(Noise):
     """New numbers at each step, from one generator; reproducible where the seed is given.
+
+    Step 0 starts the stream again, so one `Fresh` gives the same numbers to each `solve`.
 
     Arguments:
         seed: An integer, or None for a seed of the system's.
@@ -75,11 +78,12 @@ class Fresh(Noise):
         self.seed = torch.Generator().seed() if seed is None else seed
         self._generator: torch.Generator | None = None
 
-    def normal(self, step: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """Standard normal numbers; step 0 starts the stream again."""
+    def normal(  # noqa: D102
+        self, step: int, shape: tuple[int, ...], like: Tensor, std: float = 1.0
+    ) -> Tensor:
         if self._generator is None or step == 0 or self._generator.device != like.device:
             self._generator = generator(self.seed, device=like.device)
-        return torch.randn(shape, generator=self._generator, dtype=like.dtype, device=like.device)
+        return like.new_empty(shape).normal_(0.0, std, generator=self._generator)
 
 
 class Keyed(Noise):
@@ -106,25 +110,30 @@ class Keyed(Noise):
     def __init__(self, seed: int, first: int = 0, stream: int = 0) -> None:
         self.seed, self.first, self.stream = seed, first, stream
 
-    def _blocks(self, step: int, shape: tuple[int, ...], like: Tensor, draw: object) -> Tensor:
+    def _blocks(
+        self,
+        step: int,
+        shape: tuple[int, ...],
+        like: Tensor,
+        fill: Callable[[Tensor, torch.Generator], Tensor],
+    ) -> Tensor:
         lo, hi = self.first, self.first + shape[0]
-        parts = [
-            draw(  # type: ignore[operator]
-                (self.BLOCK, *shape[1:]),
-                generator=generator(self.seed, self.stream, b, step, device=like.device),
-                dtype=like.dtype,
-                device=like.device,
-            )[max(lo - b * self.BLOCK, 0) : hi - b * self.BLOCK]
-            for b in range(lo // self.BLOCK, -(-hi // self.BLOCK))
-        ]
+        parts = []
+        for b in range(lo // self.BLOCK, -(-hi // self.BLOCK)):
+            g = generator(self.seed, self.stream, b, step, device=like.device)
+            block = fill(like.new_empty((self.BLOCK, *shape[1:])), g)
+            parts.append(block[max(lo - b * self.BLOCK, 0) : hi - b * self.BLOCK])
+        # a cut block would keep the whole of it alive
         return torch.cat(parts) if len(parts) != 1 else parts[0].clone()
 
-    def normal(self, step: int, shape: tuple[int, ...], like: Tensor) -> Tensor:  # noqa: D102
-        return self._blocks(step, shape, like, torch.randn)
+    def normal(  # noqa: D102
+        self, step: int, shape: tuple[int, ...], like: Tensor, std: float = 1.0
+    ) -> Tensor:
+        return self._blocks(step, shape, like, lambda x, g: x.normal_(0.0, std, generator=g))
 
     def uniform(self, step: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Numbers uniform on [0, 1)."""
-        return self._blocks(step, shape, like, torch.rand)
+        return self._blocks(step, shape, like, lambda x, g: x.uniform_(generator=g))
 
 
 class Recorded(Noise):
@@ -137,7 +146,7 @@ class Recorded(Noise):
     def __init__(self, dw: Tensor) -> None:
         self.dw = dw
 
-    def normal(self, step: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    def normal(self, step: int, shape: tuple[int, ...], like: Tensor, std: float = 1.0) -> Tensor:
         """Recorded increments carry their own variance, so unit normals cannot be had."""
         raise TypeError("Recorded holds increments, not unit normals; call increment()")
 

@@ -26,6 +26,7 @@ References:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -197,4 +198,11 @@ def _level(sigma: Number, alpha: Number, t: Time) -> Tensor:
     """The angle over pi/2, a float64 tensor with the shape of t."""
     if isinstance(sigma, Tensor):
         return torch.atan2(sigma, alpha) / (math.pi / 2)
-    return torch.tensor(math.atan2(sigma, alpha) / (math.pi / 2), dtype=torch.float64)
+    return _one_level(sigma, alpha)
+
+
+@functools.lru_cache(maxsize=4096)
+def _one_level(sigma: float, alpha: float) -> Tensor:
+    # a sampler comes back to its levels; an inference tensor must not outlive its mode
+    with torch.inference_mode(False):
+        return torch.tensor(math.atan2(sigma, alpha) / (math.pi / 2), dtype=torch.float64)

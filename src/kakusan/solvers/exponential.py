@@ -26,6 +26,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -140,14 +141,15 @@ class Multistep(Angular):
     def init(self, sde: SDE, x: State, grid: Tensor) -> Memory:
         """Plans the steps and, at once for all of them, the weights of their velocities."""
         memory = super().init(sde, x, grid)
-        return memory._replace(weights=self._weights(torch.tensor(memory.plan, dtype=grid.dtype)))
+        # numpy, since many operations on few numbers are what torch is slow at
+        return memory._replace(weights=self._weights(np.array(memory.plan)))
 
-    def _weights(self, plan: Tensor) -> list[list[float]]:
+    def _weights(self, plan: np.ndarray) -> list[list[float]]:
         """For each step, what it adds of the velocities seen so far, the newest first."""
         first = [self._weighted(plan, k, k + 1)[0] for k in range(min(self.order, len(plan)))]
         return first + self._weighted(plan, self.order, len(plan))
 
-    def _weighted(self, plan: Tensor, start: int, stop: int) -> list[list[float]]:
+    def _weighted(self, plan: np.ndarray, start: int, stop: int) -> list[list[float]]:
         """The weights of the steps from start to stop, which have equally many velocities."""
         if start >= stop:
             return []
@@ -155,7 +157,7 @@ class Multistep(Angular):
         nodes = [phi[start - i : stop - i] for i in range(min(start, self.order) + 1)]
         now, before = slice(start, stop), slice(start - 1, stop - 1)
         ahead = integral_weights(nodes[: self.order], phi[now], psi[now])
-        weights = [scale[now] * w for w in ahead] + [torch.zeros_like(phi[now])] * (
+        weights = [scale[now] * w for w in ahead] + [np.zeros_like(phi[now])] * (
             len(nodes) - len(ahead)
         )
         if start:
@@ -165,7 +167,7 @@ class Multistep(Angular):
             ratio = scale[now] / plan[now, 0] * scale[before]
             for i, (w, g) in enumerate(zip(known, [0.0, *guess], strict=True)):
                 weights[i] = weights[i] + ratio * (w - g)
-        return torch.stack(weights, 1).tolist()
+        return np.stack(weights, 1).tolist()
 
     def step(
         self, sde: SDE, x: State, t: Time, s: Time, dw: Tensor | None, state: Memory
@@ -187,7 +189,7 @@ class Multistep(Angular):
 def integral_weights(nodes: Sequence[Any], a: Any, b: Any) -> list[Any]:
     """Weights w with Σ w_i p(nodes_i) = ∫_a^b p, for every polynomial p through the nodes.
 
-    All arguments are floats, or tensors of one shape for many integrals at once.
+    All arguments are floats, or arrays of one shape for many integrals at once.
 
     Example:
         >>> [round(w, 12) for w in integral_weights([0.0, -1.0], 0.0, 1.0)]

@@ -144,7 +144,8 @@ def solve(
             dws.append(dw)
         if on_step is not None:
             on_step(k, times[k + 1], x)
-    if not x.isfinite().all():
+    # the sum is a quick look; only where it is not finite is every number worth one
+    if not x.sum().isfinite() and not x.isfinite().all():
         bad = int((~x.isfinite()).flatten(1).any(1).sum())
         raise KakusanError(
             f"{bad} of {len(x)} states are not finite at t={grid[-1].item():g} after "

@@ -74,7 +74,9 @@ def resumed(folder: Path, asked: Config) -> Config:
     if not (folder / "config.json").is_file():
         raise KakusanError(f"there is no run to resume in {folder}; start it without --resume")
     before = configure(base=files.read_json(folder / "config.json"))
-    now = configure(base=merged(before.model_dump(), asked.model_dump(exclude_unset=True, exclude_none=True)))
+    now = configure(
+        base=merged(before.model_dump(), asked.model_dump(exclude_unset=True, exclude_none=True))
+    )
     for name in type(now).model_fields:
         if name not in ("train", "sample") and getattr(now, name) != getattr(before, name):
             raise UsageError(
