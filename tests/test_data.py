@@ -721,3 +721,20 @@ def test_unknown_sources_name_the_nearest(tmp_path):
         find(tmp_path / "a.xyz")
     with pytest.raises(UsageError, match="missing=drop does not apply to 'digits', only to a tab"):
         find("digits", missing="drop")
+
+
+def test_a_streamed_label_beyond_the_known_classes_is_refused():
+    class Table(list):
+        def shuffle(self, seed, buffer_size):
+            return self
+
+        def skip(self, n):
+            return self[n:]
+
+    rows = Table({"x": [float(i), 0.0], "y": i % 4} for i in range(8))
+    codec = kd.VectorCodec((2,), mean=(0.0, 0.0), std=(1.0, 1.0))
+    fitting = hub.HubStream(rows, ("x", "y"), codec, None, "hub:zoo", 0, classes=4)
+    assert next(fitting.batches(4, 0))[1].tolist() == [0, 1, 2, 3]
+    short = hub.HubStream(rows, ("x", "y"), codec, None, "hub:zoo", 0, classes=3)
+    with pytest.raises(KakusanError, match="hub:zoo holds the label 3, but the 3 classes"):
+        next(short.batches(4, 0))

@@ -72,6 +72,7 @@ class HubStream(Stream):
         target: The shape of pictures, None for numbers.
         name: For sentences.
         seed: Chooses the order.
+        classes: How many classes the labels may name.
     """
 
     def __init__(
@@ -82,9 +83,10 @@ class HubStream(Stream):
         target: Target | None,
         name: str,
         seed: int,
+        classes: int = 0,
     ) -> None:
         self.table, self.columns, self.codec = table, columns, codec
-        self.target, self.name, self.seed = target, name, seed
+        self.target, self.name, self.seed, self.classes = target, name, seed, classes
         self._length: int | None = None
 
     def batches(self, size: int, start: int = 0) -> Iterator[Batch]:
@@ -124,7 +126,14 @@ class HubStream(Stream):
         x = self.codec.encode(stacked([r[column] for r in rows], self.target, self.name))
         if label is None:
             return x, None
-        return x, torch.from_numpy(class_labels([r[label] for r in rows], len(rows), self.name))
+        labels = class_labels([r[label] for r in rows], len(rows), self.name)
+        if labels.max() >= self.classes:
+            raise KakusanError(
+                f"{self.name} holds the label {labels.max()}, but the {self.classes} classes were "
+                "counted on its first samples; train without labels (model.labels=none) or read "
+                "it at once (data.streaming=false)"
+            )
+        return x, torch.from_numpy(labels)
 
 
 def read_hub(config: DataConfig) -> Found:
@@ -164,8 +173,11 @@ def stream_hub(
         same_layout(codec, fitted, config.source, "the run was trained on")
     labels = columns[1] and class_labels([r[columns[1]] for r in head], count, config.source)
     labels = labels if isinstance(labels, np.ndarray) else None
-    stream = HubStream(table.skip(count), columns, codec or fitted, target, config.source, seed)
     classes = _class_names(table, columns[1]) or numbered(labels)
+    known = len(classes or ())
+    stream = HubStream(
+        table.skip(count), columns, codec or fitted, target, config.source, seed, known
+    )
     test = Part(rows, index, labels, codec or fitted)
     return Data(config.source, codec or fitted, stream, test, classes, torch.arange(count))
 
