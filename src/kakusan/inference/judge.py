@@ -54,11 +54,16 @@ class Evaluation:
                 f"{words:22}{r.value:12.4g}{r.std_error:11.2g}{r.floor:12.4g}"
                 f"{r.floor_std_error:11.2g}{r.n:7d}  {r.features}"
             )
-        spread = self.levels.std_error.square().sum().sqrt().item() / len(self.levels.t)
+        levels = self.levels
+        spread = levels.std_error.square().sum().sqrt().item() / len(levels.t)
         lines.append(
-            f"{'denoising loss':22}{self.levels.mean:12.4g}{spread:11.2g}{'':23}"
-            f"{self.levels.n:7d}  {len(self.levels.t)} noise levels"
+            f"{'denoising loss':22}{levels.mean:12.4g}{spread:11.2g}{'':23}"
+            f"{levels.n:7d}  {len(levels.t)} noise levels"
         )
+        table = {"at angle, degrees": levels.angle, "loss": levels.loss, "+-": levels.std_error}
+        for name, row in table.items():
+            form = "8.0f" if name.startswith("at") else "#8.2g"
+            lines.append(f"  {name:20}" + "".join(f"{value:{form}}" for value in row.tolist()))
         return "\n".join(lines)
 
 
