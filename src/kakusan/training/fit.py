@@ -119,7 +119,9 @@ def _fit(
         for step in range(work.first, train.steps):
             seen = _descend(work, *next(stream), step)
             average.update(model, step)
-            done, last = step + 1, step + 1 == train.steps or stop.asked
+            # read the wish once: a signal may come between any two lines
+            done, stopping = step + 1, stop.asked
+            last = stopping or done == train.steps
             if last or any(done % n == 0 for n in (train.log_every, train.save_every)):
                 value, norm = seen.tolist()  # the only place that waits for the device
                 if not math.isfinite(value + norm):
@@ -129,7 +131,7 @@ def _fit(
                 advance(done, f"loss {value:.4f}")
             if folder is not None and (last or done % train.save_every == 0):
                 _save(folder, done, work)
-            if stop.asked and done < train.steps:
+            if stopping and done < train.steps:
                 raise Interrupted(done, folder)
             if last or done % train.eval_every == 0:
                 log.write(step=done, test_loss=test_loss(average.model, data, work.config))
@@ -182,9 +184,9 @@ def _descend(work: Work, x: Tensor, label: Tensor | None, step: int) -> Tensor:
         # dropout draws from the global generator: give it the step's own stream
         torch.manual_seed(mix(work.config.seed, DROPOUT, step))
     x = arranged(x.to(device, non_blocking=True), train.layout)
-    if label is not None and work.config.model.labels == "none":
-        label = None
-    label = None if label is None else label.to(device, non_blocking=True)
+    if label is not None:
+        used = work.config.model.labels != "none"
+        label = label.to(device, non_blocking=True) if used else None
     loss = _backward(work.config, work.goal, work.model, x, label, step)
     norm = torch.nn.utils.clip_grad_norm_(work.model.parameters(), train.clip, foreach=True)
     optimizer.step()
