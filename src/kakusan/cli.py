@@ -19,6 +19,7 @@ import typer
 from kakusan.errors import KakusanError, UsageError
 
 if TYPE_CHECKING:
+    from kakusan.pipeline import DiffusionModel
     from kakusan.training.config import Config
 
 
@@ -115,19 +116,7 @@ def train(
             f"stopped after step {stop.step}; a checkpoint is kept, go on with: "
             f"kakusan train --resume --out {folder}"
         ) from None
-    count = sum(p.numel() for p in model.denoiser.parameters())
-    pictures = sorted((folder / "samples").glob("step-*.png"), key=lambda p: p.stat().st_mtime)
-    if as_json:
-        _print_json(out=str(folder), parameters=count, **model.report)
-        return
-    t = model.config.train
-    seconds = model.report["seconds"]
-    print(f"trained {count:,} parameters for {t.steps} steps in {seconds:.0f} s ({t.precision}, "
-          f"{t.device}); last loss {model.report['loss']:.4f}")  # fmt: skip
-    print(f"  weights   {folder / 'model.safetensors'}")
-    if pictures:
-        print(f"  samples   {pictures[-1]}")
-    print(f"  next      kakusan sample {folder}   or   kakusan evaluate {folder}")
+    _report(model, folder, as_json)
 
 
 @app.command()
@@ -230,6 +219,23 @@ def evaluate(
 
 
 # --- small helpers
+
+
+def _report(model: DiffusionModel, folder: Path, as_json: bool) -> None:
+    """What training made, and where."""
+    count = sum(p.numel() for p in model.denoiser.parameters())
+    pictures = sorted((folder / "samples").glob("step-*.png"), key=lambda p: p.stat().st_mtime)
+    if as_json:
+        _print_json(out=str(folder), parameters=count, **model.report)
+        return
+    t = model.config.train
+    seconds = model.report["seconds"]
+    print(f"trained {count:,} parameters for {t.steps} steps in {seconds:.0f} s ({t.precision}, "
+          f"{t.device}); last loss {model.report['loss']:.4f}")  # fmt: skip
+    print(f"  weights   {folder / 'model.safetensors'}")
+    if pictures:
+        print(f"  samples   {pictures[-1]}")
+    print(f"  next      kakusan sample {folder}   or   kakusan evaluate {folder}")
 
 
 def _shown(settings: Config) -> Config:
