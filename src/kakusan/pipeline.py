@@ -120,10 +120,7 @@ class DiffusionModel:
         if array is None:
             data = load(config.data, config.seed, index, codec)
         else:
-            share = config.data.test_fraction
-            data = as_data(
-                array, labels, test_fraction=share, seed=config.seed, test_index=index, codec=codec
-            )
+            data = _of_array(config, array, labels, index, codec)
         return cls._fit(config, data, folder, point, quiet)
 
     @classmethod
@@ -378,14 +375,7 @@ class DiffusionModel:
             return self.data
         index = self._held_out()
         if isinstance(data, Array):
-            share = self.config.data.test_fraction
-            return as_data(
-                data,
-                test_fraction=share,
-                seed=self.config.seed,
-                test_index=index,
-                codec=self.codec,
-            )
+            return _of_array(self.config, data, None, index, self.codec)
         section = self.config.data
         if data is not None:
             section = section.model_copy(update={"source": str(data)})
@@ -442,6 +432,16 @@ class DiffusionModel:
         run.load_weights(net, folder)
         net = net.eval().requires_grad_(False).to(device_of(device))
         return cls(config, net, codec, names, shares, folder=folder)
+
+
+def _of_array(
+    config: Config, array: Array, labels: Any, index: Tensor | None, codec: Codec | None
+) -> Data:
+    """An array, split and encoded as the configuration says, or as a run did before."""
+    share = config.data.test_fraction
+    return as_data(
+        array, labels, test_fraction=share, seed=config.seed, test_index=index, codec=codec
+    )
 
 
 def _wanted(source: Any, labels: Any, options: dict[str, Any]) -> tuple[Config, Array | None]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kakusan.inference.features import Features, features_named
-from kakusan.inference.levels import Levels, loss_by_level
+from kakusan.inference.levels import Levels, evenly, loss_by_level
 from kakusan.inference.metrics import Row, compare
 from kakusan.inference.metrics.comparison import Tick
 from kakusan.models.denoiser import Denoiser
@@ -109,8 +109,7 @@ def evaluate(
     named = features_of(None, train) if features is None else features
     metrics = compare(samples, test, train, named, seed, limit, tick)
     device = next(model.parameters()).device
-    # evenly spread: the first of a sorted data set would be of one class
-    some = torch.linspace(0, len(test) - 1, min(len(test), 1024), dtype=torch.float64).long()
+    some = evenly(len(test), 1024)
     known = None if label is None else label[some].to(device)
     levels = loss_by_level(model, test[some].to(device), known, seed=seed)
     return Evaluation(metrics, levels, samples, test)

@@ -43,6 +43,17 @@ class Levels(NamedTuple):
         return self.loss.mean().item()
 
 
+def evenly(n: int, most: int) -> Tensor:
+    """At most so many places of n, evenly spread: the first of sorted data would be of one kind.
+
+    Example:
+        >>> evenly(100, 3)
+        tensor([ 0, 49, 99])
+    """
+    # float64: float32 cannot count past 16 million
+    return torch.linspace(0, n - 1, min(most, n), dtype=torch.float64).long()
+
+
 @torch.no_grad()
 def loss_by_level(
     model: Denoiser,

@@ -181,9 +181,9 @@ def configure(
     tree: dict[str, Any] = {}
     if base is not None and not isinstance(base, dict):
         raise UsageError(f"a configuration holds sections with keys, not {type(base).__name__}")
-    _merge(tree, base or {})
+    merge(tree, base or {})
     if file is not None:
-        _merge(tree, _read_yaml(file))
+        merge(tree, _read_yaml(file))
     for word in overrides or []:
         key, mark, value = word.partition("=")
         if not mark or not key:
@@ -196,25 +196,21 @@ def configure(
             raise UsageError(f"the value of {key} is not YAML: {value!r}") from None
         for name in reversed(key.strip().split(".")):
             leaf = {name: leaf}
-        _merge(tree, leaf)
+        merge(tree, leaf)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise UsageError(_said(error)) from None
 
 
-def merged(tree: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """A tree of settings with more laid over it."""
-    _merge(tree, more)
-    return tree
-
-
-def _merge(tree: dict[str, Any], more: dict[str, Any]) -> None:
+def merge(tree: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """Lays more settings over a tree of them, in place, and returns it."""
     for key, value in more.items():
         if isinstance(value, dict) and isinstance(tree.get(key), dict):
-            _merge(tree[key], value)
+            merge(tree[key], value)
         else:
             tree[key] = value
+    return tree
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

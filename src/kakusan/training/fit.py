@@ -16,6 +16,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,19 +93,6 @@ def fit(
         KakusanError: If the loss is not finite, or the disk is full.
         Interrupted: At Ctrl-C, once the checkpoint is written.
     """
-    with torch.random.fork_rng(enabled=config.model.dropout > 0):
-        return _fit(config, model, data, folder, resume, on_eval, quiet)
-
-
-def _fit(
-    config: Config,
-    model: Denoiser,
-    data: Data,
-    folder: Path | None,
-    resume: ckpt.Checkpoint | None,
-    on_eval: Callable[[int, Denoiser], None] | None,
-    quiet: bool,
-) -> Fitted:
     work = _prepare(config, model, data, resume)
     train, average = work.config.train, work.average
     if folder is not None:
@@ -115,6 +103,7 @@ def _fit(
         Stop() as stop,
         Log(folder, work.first, train.tensorboard) as log,
         progress("train", train.steps, work.first, quiet) as advance,
+        _own_dropout(work.config),
     ):
         for step in range(work.first, train.steps):
             seen = _descend(work, *next(stream), step)
@@ -153,7 +142,8 @@ def _prepare(config: Config, model: Denoiser, data: Data, resume: ckpt.Checkpoin
     def descend(way: TrainConfig) -> None:
         _backward(_with(config, way), goal, model, arranged(x, way.layout), None, 0)
 
-    train = placed(config.train, model, x.ndim == 4, descend)
+    with _own_dropout(config):
+        train = placed(config.train, model, x.ndim == 4, descend)
     config = _with(config, train)
     arrange(model, train.layout)
     optimizer = torch.optim.AdamW(
@@ -168,6 +158,11 @@ def _prepare(config: Config, model: Denoiser, data: Data, resume: ckpt.Checkpoin
     if train.compile:
         model.net.compile()  # type: ignore[operator]
     return Work(config, goal, model, average, optimizer, first)
+
+
+def _own_dropout(config: Config) -> AbstractContextManager:
+    """Dropout draws from the global generator; the user's numbers stay as they were."""
+    return torch.random.fork_rng(enabled=config.model.dropout > 0)
 
 
 def _with(config: Config, train: TrainConfig) -> Config:

@@ -11,7 +11,7 @@ from torch import Tensor
 from kakusan.errors import KakusanError, UsageError
 from kakusan.models.denoiser import Denoiser
 from kakusan.training import checkpoint, files
-from kakusan.training.config import Config, configure, merged
+from kakusan.training.config import Config, configure, merge
 from kakusan.training.data import Codec, codec_from_json
 
 
@@ -69,13 +69,13 @@ def resumed(folder: Path, asked: Config) -> Config:
 
     Raises:
         KakusanError: There is no run here, or none that can go on.
-        UsageError: More than the train and sample sections would change, or nothing is left to do.
+        UsageError: More than the train and sample sections would change.
     """
     if not (folder / "config.json").is_file():
         raise KakusanError(f"there is no run to resume in {folder}; start it without --resume")
     before = configure(base=files.read_json(folder / "config.json"))
     now = configure(
-        base=merged(before.model_dump(), asked.model_dump(exclude_unset=True, exclude_none=True))
+        base=merge(before.model_dump(), asked.model_dump(exclude_unset=True, exclude_none=True))
     )
     for name in type(now).model_fields:
         if name not in ("train", "sample") and getattr(now, name) != getattr(before, name):

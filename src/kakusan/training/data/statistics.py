@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from kakusan.inference.levels import evenly
 from kakusan.training.data.sources import Batch, Data, Source, Stream
 
 
@@ -15,9 +16,7 @@ def rms(data: Data, most: int = 2048) -> float:
 
 def spread(source: Source, most: int) -> Batch:
     """At most so many samples, evenly spread over a source."""
-    # float64: float32 cannot count past 16 million rows
-    places = torch.linspace(0, len(source) - 1, min(most, len(source)), dtype=torch.float64)
-    return source.batch(places.long())
+    return source.batch(evenly(len(source), most))
 
 
 def first(stream: Stream, n: int) -> Batch:
