@@ -11,6 +11,7 @@ import abc
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from kakusan.core import calculus
 from kakusan.core.operators import Operator
@@ -34,6 +35,7 @@ class SDE(abc.ABC):
     """
 
     span: tuple[float, float] = (0.0, 1.0)
+    domain = ""  # where states may be, in words, as "x >= 0"; nothing where they may be anywhere
 
     @abc.abstractmethod
     def drift(self, x: State, t: Time) -> State:
@@ -51,6 +53,10 @@ class SDE(abc.ABC):
     def gram_divergence(self, x: State, t: Time) -> State:
         """∇·(GGᵀ), by forward-mode autograd: d passes through G. Additive noise overrides it."""
         return calculus.gram_divergence(self.diffusion, x, t)
+
+    def inside(self, x: State) -> Tensor:
+        """Which states are in the domain, as booleans of shape (B,)."""
+        return torch.ones(len(x), dtype=torch.bool, device=x.device)
 
     @property
     def direction(self) -> int:
@@ -78,6 +84,35 @@ class SDE(abc.ABC):
         if isinstance(diffusion, Operator):
             return _Additive(drift, diffusion, span)
         return _OfFunctions(drift, diffusion, span)
+
+
+class KnownTransition(SDE):
+    """A process whose law from one time to another can be drawn exactly: `solvers.Exact` does."""
+
+    @abc.abstractmethod
+    def exact(self, x: State, t: Time, s: Time, dw: Tensor, source: torch.Generator) -> State:
+        """A draw of X_s given X_t = x, for s > t.
+
+        Where the solution is a function of the Brownian path (geometric Brownian motion) it is
+        that function of `dw`, the increment from t to s; where only the law is known, `dw`
+        divided by sqrt(s - t) serves as normal numbers, and `source` gives any others.
+        """
+
+
+class Splittable(SDE):
+    """A process that can be split into two flows with closed forms: `solvers.Splitting` uses it.
+
+    In the sense of Stratonovich dx = f° dt + G ∘ dw: `flow` solves dx = f° dt and `kick` solves
+    dx = G ∘ dw, each exactly and without leaving the domain.
+    """
+
+    @abc.abstractmethod
+    def flow(self, x: State, t: Time, s: Time) -> State:
+        """The solution of dx = f°(x) dt at time s, from x at time t."""
+
+    @abc.abstractmethod
+    def kick(self, x: State, t: Time, dw: Tensor) -> State:
+        """The solution of dx = G(x, t) ∘ dw after the increment dw, from x."""
 
 
 class _OfFunctions(SDE):
