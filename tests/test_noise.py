@@ -31,8 +31,8 @@ def test_keyed_numbers_are_standard_normal_across_keys():
 
 def test_fresh_noise_repeats_from_its_first_step_and_scales_with_the_step():
     a, b = Fresh(3), Fresh(3)
-    first = [a.increment(k, -0.25, (1000, 2), LIKE) for k in range(2)]
-    again = [b.increment(k, -0.25, (1000, 2), LIKE) for k in range(2)]
+    first = [a.increment(k, 1.0, 0.75, (1000, 2), LIKE) for k in range(2)]
+    again = [b.increment(k, 1.0, 0.75, (1000, 2), LIKE) for k in range(2)]
     assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
     assert not torch.equal(first[0], first[1])
     assert abs(first[0].var() - 0.25) < 4 * 0.25 * (2 / 2000) ** 0.5
@@ -40,11 +40,11 @@ def test_fresh_noise_repeats_from_its_first_step_and_scales_with_the_step():
 
 def test_recorded_noise_says_what_it_has():
     noise = Recorded(torch.ones(2, 3, 1))
-    assert torch.equal(noise.increment(1, 0.1, (3, 1), torch.empty(0)), torch.ones(3, 1))
+    assert torch.equal(noise.increment(1, 0.0, 0.1, (3, 1), torch.empty(0)), torch.ones(3, 1))
     with pytest.raises(ValueError, match="only 2 increments"):
-        noise.increment(2, 0.1, (3, 1), torch.empty(0))
+        noise.increment(2, 0.0, 0.1, (3, 1), torch.empty(0))
     with pytest.raises(ValueError, match=r"\(3, 1\), not \(4, 1\)"):
-        noise.increment(0, 0.1, (4, 1), torch.empty(0))
+        noise.increment(0, 0.0, 0.1, (4, 1), torch.empty(0))
 
 
 def test_mix_spreads_neighbouring_keys():

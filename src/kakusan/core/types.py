@@ -8,7 +8,9 @@ Coefficients are computed in float64 where the times are, and take the dtype of 
 when they meet it: `per_sample` is that meeting.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import TypeAlias
 
 import torch
@@ -17,6 +19,8 @@ from torch import Tensor
 State: TypeAlias = Tensor
 Time: TypeAlias = Tensor
 Field: TypeAlias = Callable[[State, Time], State]
+
+_tracing: ContextVar[bool] = ContextVar("tracing", default=False)
 
 
 def as_time(t: float | Tensor) -> Time:
@@ -39,3 +43,28 @@ def per_sample(c: Tensor, x: State) -> Tensor:
     """
     c = c.to(device=x.device, dtype=x.dtype)
     return c.reshape(c.shape + (1,) * (x.ndim - 1)) if c.ndim == 1 else c
+
+
+def elapsed(t: Time, s: Time) -> float | Tensor:
+    """The length s - t of a step: a float, or a tensor while the step is being traced.
+
+    Example:
+        >>> elapsed(as_time(1.0), as_time(0.75))
+        -0.25
+    """
+    return s - t if _tracing.get() else (s - t).item()
+
+
+def advanced(x: State, v: State, h: float | Tensor) -> State:
+    """X + h v, in one pass over the state where h is a float."""
+    return x + h.to(x.dtype) * v if isinstance(h, Tensor) else torch.add(x, v, alpha=h)
+
+
+@contextlib.contextmanager
+def tracing() -> Iterator[None]:
+    """Inside, `elapsed` gives tensors: a compiled step must not remember one step's length."""
+    token = _tracing.set(True)
+    try:
+        yield
+    finally:
+        _tracing.reset(token)

@@ -11,11 +11,17 @@ The divergence (∇·D)_i = Σ_j ∂_j D_ij is there for every form of G, and ze
 Texts that let time increase along the reverse process flip the sign of the whole drift; this
 module does not.
 
+An SDE is read in the sense of Itô. `Stratonovich(sde)` reads its coefficients in the other sense,
+`ito` and `stratonovich` write one process in either: their drifts differ by ½ Σ_j (∂G_j) G_j.
+
 References:
     Reverse-time diffusion equation models (Anderson, 1982), doi 10.1016/0304-4149(82)90051-5
     Score-based generative modeling through SDEs (Song et al., 2021)
 """
 
+from torch import Tensor
+
+from kakusan.core import calculus
 from kakusan.core.operators import Operator, Zero
 from kakusan.core.types import Field, State, Time
 from kakusan.errors import KakusanError
@@ -27,7 +33,10 @@ class Reverse(SDE):
 
     def __init__(self, sde: SDE, score: Field, noise: float) -> None:
         self.sde, self.score, self.noise = sde, score, noise
-        self.span = (sde.span[1], sde.span[0])
+        self.span, self.domain = (sde.span[1], sde.span[0]), sde.domain
+
+    def inside(self, x: State) -> Tensor:  # noqa: D102
+        return self.sde.inside(x)
 
     def drift(self, x: State, t: Time) -> State:  # noqa: D102
         pull = self.sde.gram_divergence(x, t) + self.sde.diffusion(x, t).gram(self.score(x, t))
@@ -59,7 +68,7 @@ def reverse(sde: SDE, score: Field, noise: float = 1.0) -> Reverse:
     """
     if not 0 <= noise < float("inf"):
         raise KakusanError(f"the noise scale of a reverse process must be >= 0, got {noise}")
-    return Reverse(sde, score, noise)
+    return Reverse(ito(sde), score, noise)
 
 
 def probability_flow(sde: SDE, score: Field) -> Reverse:
@@ -71,7 +80,10 @@ class Tilted(SDE):
     """What `tilt` returns."""
 
     def __init__(self, sde: SDE, u: Field) -> None:
-        self.sde, self.u, self.span = sde, u, sde.span
+        self.sde, self.u, self.span, self.domain = sde, u, sde.span, sde.domain
+
+    def inside(self, x: State) -> Tensor:  # noqa: D102
+        return self.sde.inside(x)
 
     def drift(self, x: State, t: Time) -> State:  # noqa: D102
         G = self.sde.diffusion(x, t)
@@ -102,4 +114,91 @@ def tilt(sde: SDE, u: Field) -> Tilted:
     if isinstance(sde, Reverse) and not sde.noise:
         raise TypeError("a tilt moves an SDE by its noise, and an ODE has none: "
                         "add the tilt to its score")  # fmt: skip
-    return Tilted(sde, u)
+    return Tilted(ito(sde), u)
+
+
+class Stratonovich(SDE):
+    """The coefficients of `sde`, read in the sense of Stratonovich: dx = f dt + G ∘ dw.
+
+    `solve` knows the sense of a process, and every method converges to the solution of the
+    process it is given; `ito` gives the same process in the sense of Itô.
+
+    Arguments:
+        sde: Holds f and G.
+
+    Example:
+        >>> from kakusan.core.operators import Diagonal
+        >>> growth = SDE.of(lambda x, t: 0 * x, lambda x, t: Diagonal(2 * x))
+        >>> ito(Stratonovich(growth)).drift(torch.tensor([[3.0]]), torch.tensor(0.0))
+        tensor([[6.]])
+    """
+
+    def __init__(self, sde: SDE) -> None:
+        if isinstance(sde, Stratonovich):
+            raise KakusanError("this process is in the sense of Stratonovich already")
+        self.sde, self.span, self.domain = sde, sde.span, sde.domain
+
+    def drift(self, x: State, t: Time) -> State:  # noqa: D102
+        return self.sde.drift(x, t)
+
+    def diffusion(self, x: State, t: Time) -> Operator:  # noqa: D102
+        return self.sde.diffusion(x, t)
+
+    def noise_shape(self, x: State) -> tuple[int, ...]:  # noqa: D102
+        return self.sde.noise_shape(x)
+
+    def gram_divergence(self, x: State, t: Time) -> State:  # noqa: D102
+        return self.sde.gram_divergence(x, t)
+
+    def inside(self, x: State) -> Tensor:  # noqa: D102
+        return self.sde.inside(x)
+
+
+class _Shifted(SDE):
+    """A process with `sign` / 2 Σ_j (∂G_j) G_j added to its drift."""
+
+    def __init__(self, sde: SDE, sign: int) -> None:
+        self.sde, self.sign = sde, sign
+        self.span, self.domain = sde.span, sde.domain
+
+    def drift(self, x: State, t: Time) -> State:
+        shift = calculus.noise_drift(self.sde.diffusion, x, t, self.sde.noise_shape(x))
+        return self.sde.drift(x, t) + self.sign * self.sde.direction / 2 * shift
+
+    def diffusion(self, x: State, t: Time) -> Operator:
+        return self.sde.diffusion(x, t)
+
+    def noise_shape(self, x: State) -> tuple[int, ...]:
+        return self.sde.noise_shape(x)
+
+    def gram_divergence(self, x: State, t: Time) -> State:
+        return self.sde.gram_divergence(x, t)
+
+    def inside(self, x: State) -> Tensor:
+        return self.sde.inside(x)
+
+
+def ito(sde: SDE) -> SDE:
+    r"""The same process in the sense of Itô: the drift f° + ½ Σ_j (∂G_j) G_j.
+
+    G_j are the columns of G, and the sum has one forward-mode derivative a column. A process that
+    is in the sense of Itô is returned as it is.
+    """
+    if not isinstance(sde, Stratonovich):
+        return sde
+    held = sde.sde
+    return held.sde if isinstance(held, _Shifted) and held.sign < 0 else _Shifted(held, 1)
+
+
+def stratonovich(sde: SDE) -> Stratonovich:
+    r"""The same process in the sense of Stratonovich: the drift f - ½ Σ_j (∂G_j) G_j.
+
+    Example:
+        >>> from kakusan.core.operators import Diagonal
+        >>> growth = SDE.of(lambda x, t: 2 * x, lambda x, t: Diagonal(2 * x))
+        >>> stratonovich(growth).drift(torch.tensor([[3.0]]), torch.tensor(0.0))
+        tensor([[0.]])
+        >>> ito(stratonovich(growth)) is growth
+        True
+    """
+    return sde if isinstance(sde, Stratonovich) else Stratonovich(_Shifted(sde, -1))

@@ -6,14 +6,11 @@ the tests.
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from kakusan.core.types import State, Time
+from kakusan.core.types import State, Time, advanced, elapsed
 from kakusan.processes.sde import SDE
-from kakusan.solvers.solve import EulerMaruyama, Method
-
-__all__ = ["EulerMaruyama", "Heun"]
+from kakusan.solvers.solve import Method
 
 
 class Heun(Method):
@@ -26,8 +23,8 @@ class Heun(Method):
         self, sde: SDE, x: State, t: Time, s: Time, dw: Tensor | None, state: Any
     ) -> tuple[State, Any]:
         """One step: predict by Euler, then average the drift of both ends."""
-        h = (s - t).item()
+        h = elapsed(t, s)
         f = sde.drift(x, t)
-        kick = x if dw is None else x + sde.diffusion(x, t).mv(dw)
-        f_s = sde.drift(torch.add(kick, f, alpha=h), s)
-        return torch.add(kick, f + f_s, alpha=h / 2), state
+        kick = x if dw is None else sde.diffusion(x, t).kick(x, dw)
+        f_s = sde.drift(advanced(kick, f, h), s)
+        return advanced(kick, f + f_s, h / 2), state
