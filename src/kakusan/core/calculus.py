@@ -6,6 +6,7 @@ batched forward-mode pass. With random signs z instead of the e_j, E[∂_z (GG�
 vector: `probed_gram_divergence` does that with a standard error, for large d.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kakusan.core.operators import Operator
-from kakusan.core.types import State, Time
+from kakusan.core.types import State, Time, is_tracing
 
 Diffusion = Callable[[State, Time], Operator]
 
@@ -26,15 +27,18 @@ class Probed(NamedTuple):
     std_error: Tensor
 
 
-def _along(diffusion: Diffusion, x: State, t: Time, z: Tensor) -> Tensor:
-    """∂_z (GGᵀ(x) z) for k directions at once: z is (k, B, *shape), and so is the result."""
+def _along(diffusion: Diffusion, x: State, t: Time, z: Tensor) -> State:
+    """∂_z (GGᵀ(x) z) for one direction z like x."""
+    return torch.func.jvp(lambda y: diffusion(y, t).gram(z), (x,), (z,))[1]
+
+
+def _along_each(diffusion: Diffusion, x: State, t: Time, z: Tensor) -> Tensor:
+    """The same for k directions at once: z is (k, B, *shape), and so is the result."""
     k = len(z)
     # one large batch instead of vmap: the user's function needs to know nothing of transforms
     many = x.repeat(k, *(1,) * (x.ndim - 1))
     times = t.repeat(k) if t.ndim == 1 else t
-    flat = z.reshape(many.shape)
-    along = torch.func.jvp(lambda y: diffusion(y, times).gram(flat), (many,), (flat,))
-    return along[1].reshape(z.shape)
+    return _along(diffusion, many, times, z.reshape(many.shape)).reshape(z.shape)
 
 
 def gram_divergence(diffusion: Diffusion, x: State, t: Time) -> State:
@@ -51,9 +55,13 @@ def gram_divergence(diffusion: Diffusion, x: State, t: Time) -> State:
         >>> gram_divergence(lambda x, t: Diagonal(1 + x**2), x, torch.tensor(0.0))
         tensor([[ 2.5000, -8.0000]], dtype=torch.float64)
     """
-    d = x[0].numel()
+    d = math.prod(x.shape[1:])
     basis = torch.eye(d, dtype=x.dtype, device=x.device).reshape(d, 1, *x.shape[1:])
-    return _along(diffusion, x, t, basis.expand(d, *x.shape)).sum(0)
+    if is_tracing():
+        # a compiler fuses d derivatives of one batch, and must see the samples stay apart
+        each = (_along(diffusion, x, t, e.expand(x.shape)) for e in basis)
+        return functools.reduce(torch.add, each)
+    return _along_each(diffusion, x, t, basis.expand(d, *x.shape)).sum(0)
 
 
 def noise_drift(diffusion: Diffusion, x: State, t: Time, noise_shape: tuple[int, ...]) -> State:
@@ -75,12 +83,23 @@ def noise_drift(diffusion: Diffusion, x: State, t: Time, noise_shape: tuple[int,
     """
     m = math.prod(noise_shape[1:])
     basis = torch.eye(m, dtype=x.dtype, device=x.device).reshape(m, 1, *noise_shape[1:])
+    if is_tracing():
+        return functools.reduce(
+            torch.add, (_along_itself(diffusion, x, t, e.expand(noise_shape)) for e in basis)
+        )
     basis = basis.expand(m, *noise_shape).reshape(m * len(x), *noise_shape[1:])
     many = x.repeat(m, *(1,) * (x.ndim - 1))
     times = t.repeat(m) if t.ndim == 1 else t
-    along = diffusion(many, times).mv(basis)
-    derivative = torch.func.jvp(lambda y: diffusion(y, times).mv(basis), (many,), (along,))[1]
-    return derivative.reshape(m, *x.shape).sum(0)
+    return _along_itself(diffusion, many, times, basis).reshape(m, *x.shape).sum(0)
+
+
+def _along_itself(diffusion: Diffusion, x: State, t: Time, z: Tensor) -> State:
+    """∂_{Gz} (G(x) z)."""
+
+    def moved(y: State) -> State:
+        return diffusion(y, t).mv(z).reshape(y.shape)
+
+    return torch.func.jvp(moved, (x,), (moved(x),))[1]
 
 
 def probed_gram_divergence(
@@ -98,5 +117,5 @@ def probed_gram_divergence(
     bits = torch.randint(
         0, 2, (probes, *x.shape), generator=generator, device=x.device, dtype=torch.int8
     )
-    each = _along(diffusion, x, t, (2 * bits - 1).to(x.dtype))
+    each = _along_each(diffusion, x, t, (2 * bits - 1).to(x.dtype))
     return Probed(each.mean(0), each.std(0) / probes**0.5)

@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -36,18 +36,15 @@ from kakusan.core.hashing import normals, words
 from kakusan.core.noise import Noise, Wants, generator, mix
 from kakusan.errors import KakusanError
 
+if TYPE_CHECKING:
+    from kakusan.core.bridge import Bridge
+
 # a node's Brownian value: (w,), or (w, a) where areas are wanted
 Value = tuple[Tensor, ...]
 
 TOP = 10  # the largest cells are 2^TOP cells long, and independent of each other
 DEPTH = 30  # the smallest, 2^-DEPTH cells: times are rounded to them
-_PATH, _SIGN, _ROOT, _OTHER = range(4)  # what a key is for
-
-
-def split(value: Value, key: Tensor, odd: Tensor, lane: Tensor, h: Tensor) -> tuple[Value, Value]:
-    """The two halves of a cell of length h, with the odd or even numbers of a pair of cells."""
-    y, z = normals(lane, key, value[0].dtype)
-    return _halves(value, torch.where(odd, z, y), z, h)
+_PATH, _SIGN, _ROOT, _OTHER, _TRIAL = range(5)  # what a key is for
 
 
 def _halves(value: Value, y: Tensor, z: Tensor, h: Any) -> tuple[Value, Value]:
@@ -110,20 +107,30 @@ class Counter(Noise):
     def lanes(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """The numbers of the lanes of a batch, int32; sample i keeps its own in every batch."""
         each = math.prod(shape[1:])
+        if (self.first + shape[0]) * each >= 1 << 32:
+            raise KakusanError(
+                f"samples up to {self.first + shape[0]:,} of {each:,} numbers each are more than "
+                "the 2^32 lanes of a path; use another stream for some of them"
+            )
         lane = torch.arange(self.first * each, (self.first + shape[0]) * each, device=device)
         return lane.reshape(shape).to(torch.int32)
 
-    def split(self, value: Value, level: int, index: int, lane: Tensor) -> tuple[Value, Value]:
-        """The halves of the cell number `index` of a level, 2^level cells long."""
+    def split(
+        self, value: Value, level: int, index: int, lane: Tensor, draw: Callable = normals
+    ) -> tuple[Value, Value]:
+        """The halves of the cell number `index` of a level, 2^level cells long.
+
+        `draw` is `normals`, or the same function compiled.
+        """
         self._splits += 1
-        h = self.cell * 2.0**level
         paired = index >> 1 if len(value) == 1 else index  # a pair of numbers serves two cells
         place = ("y", level)
         if self._memo.get(place, (None,))[0] != paired:
             key = self.key(_PATH, level, paired, lane.device)
-            self._memo[place] = paired, normals(lane, key, value[0].dtype)
+            self._memo[place] = paired, draw(lane, key, value[0].dtype)
         y, z = self._memo[place][1]
-        return _halves(value, z if len(value) == 1 and index & 1 else y, z, h)
+        odd = len(value) == 1 and index & 1
+        return _halves(value, z if odd else y, z, self.cell * 2.0**level)
 
     def root(self, index: int, like: Tensor, lane: Tensor) -> Value:
         """The value of one of the largest cells."""
@@ -169,7 +176,7 @@ class Counter(Noise):
                 f"the step from t={t!r} to t={s!r} is shorter than a path with cells of "
                 f"{self.cell:g} resolves ({self.cell * 2.0**-DEPTH:.1e}); choose smaller cells"
             )
-        lane = self._remembered(shape, like)
+        lane = self.lanes_of(shape, like)
         value, length = None, 0.0
         for level, index in self._cells(lo, hi):
             part, h = self.node(level, index, like, lane), self.cell * 2.0**level
@@ -187,8 +194,8 @@ class Counter(Noise):
         assert value is not None
         return value
 
-    def _remembered(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """The lanes of the batch; the memory of the path is that of one batch at a time."""
+    def lanes_of(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """The lanes of the batch, remembered; the memory of the path is that of one batch at a time."""
         batch = (tuple(shape), like.dtype, like.device)
         if self._memo.get("batch") != batch:
             self._memo = {"batch": batch, "lanes": self.lanes(shape, like.device)}
@@ -223,8 +230,15 @@ class Counter(Noise):
     ) -> Tensor:
         lo, hi = sorted((self.tick(t), self.tick(s)))
         key = self.key(_SIGN, lo, hi, like.device)
-        signs = three_signs(self._remembered(shape, like), key, like.dtype)
+        signs = three_signs(self.lanes_of(shape, like), key, like.dtype)
         return signs * math.sqrt(3 * abs(s - t))
+
+    def bridge(  # noqa: D102
+        self, step: int, t: float, s: float, shape: tuple[int, ...], like: Tensor
+    ) -> Bridge:
+        from kakusan.core.bridge import Bridge  # it is made of parts of this module
+
+        return Bridge.over(self, t, s, shape, like)
 
     def generator(self, step: int, device: torch.device) -> torch.Generator:
         """A generator for the whole batch: its numbers do depend on the batch size."""
@@ -304,7 +318,8 @@ class Sweep:
             and (wants is not Wants.AREA or path.areas)
         )
         self.steps = len(grid) - 1
-        self._tables: dict[int, Tensor] = {}
+        self._keys: Tensor | None = None
+        self._lowest = 0
         self.level = step.bit_length() - 1 - DEPTH
         self.index = min(ticks[0], ticks[1]) // max(step, 1)
         self.depth = K.bit_length() - 1
@@ -312,7 +327,9 @@ class Sweep:
         # steps before the first whole chunk
         self.lead = (self.index + 1) % K if self.back else -self.index % K
 
-    def inputs(self, k: int, lane: Tensor, like: Tensor, split: Callable) -> tuple[Tensor, ...]:
+    def inputs(
+        self, k: int, lane: Tensor, like: Tensor, split: Callable | None
+    ) -> tuple[Tensor, ...]:
         """The keys of the chunk's splits, whether its cell is odd, and the value of its cell."""
         index = (self.index - k - self.K + 1 if self.back else self.index + k) // self.K
         if self.wants is Wants.THREE_POINT:
@@ -321,33 +338,24 @@ class Sweep:
             words = [mix(self.path.seed, self.path.stream, _SIGN, i * size, (i + 1) * size)
                      for i in steps]  # fmt: skip
             return (key_words(*words).to(like.device),)
-        keys = [self._keys(j)[self._slice(index, j)] for j in range(self.depth)]
+        if self._keys is None:
+            self._keys = self._all_keys().to(like.device)
         value = self.path.node(self.level + self.depth, index, like, lane, split)
         odd = torch.tensor(bool(index & 1), device=like.device)
-        return (torch.cat(keys).to(like.device), odd, *value)
+        return (self._keys[index - self._lowest], odd, *value)
 
-    def _slice(self, index: int, j: int) -> slice:
-        """Where the keys of the splits j levels below a cell are in the table of their level."""
-        each = 1 << j
-        if self.path.areas:
-            lo, hi = index * each, (index + 1) * each
-        else:
-            lo, hi = index * each >> 1, ((index + 1) * each + 1) >> 1
-        start = self._start(j)
-        return slice(lo - start, hi - start)
-
-    def _start(self, j: int) -> int:
-        first = (self.index - self.steps + 1 if self.back else self.index) // self.K << j
-        return first if self.path.areas else first >> 1
-
-    def _keys(self, j: int) -> Tensor:
-        """The keys of all splits of a level under the grid, hashed at once."""
-        if j not in self._tables:
-            count = (self.steps // self.K + 3) << j
-            at = torch.arange(self._start(j), self._start(j) + count)
+    def _all_keys(self) -> Tensor:
+        """The keys of all splits under the grid, hashed at once: (chunks, keys a chunk, 2)."""
+        last = self.index - self.steps + 1 if self.back else self.index + self.steps - 1
+        self._lowest, highest = sorted((self.index // self.K, last // self.K))
+        chunks, keys = torch.arange(self._lowest, highest + 1), []
+        for j in range(self.depth):
             prefix = mix(self.path.seed, self.path.stream, _PATH, self.level + self.depth - j)
-            self._tables[j] = mixed_words(prefix, at)
-        return self._tables[j]
+            # without areas a key serves two cells, and the first level may begin with either
+            shift = 0 if self.path.areas or j == 0 else 1
+            at = (chunks[:, None] << j - shift) + torch.arange(1 << j - shift)
+            keys.append(mixed_words(prefix, at >> (1 if not self.path.areas and j == 0 else 0)))
+        return torch.cat(keys, 1)
 
     def unfold(self, inputs: tuple[Tensor, ...], lane: Tensor, dtype: torch.dtype) -> list[Any]:
         """What the method wants of each of the K steps, in the order of the grid."""

@@ -3,14 +3,14 @@ r"""Random numbers as functions of a key and a lane: no state, any order, any pa
 A 64-bit key (two 32-bit words, one pair for a place on a path) and a lane (which number of the
 state) are hashed to two words,
 
-.. math:: a = L(\text{lane} + k_0), \quad b = L(a \oplus k_1), \qquad (a \oplus b,\ b),
+.. math:: a = L(\text{lane} + k_0), \quad b = L(a \oplus k_1), \qquad (a \oplus (b \circlearrowleft 16),\ b),
 
-with L the 32-bit mixer "lowbias32" (Chris Wellons, hash-prospector, 2018), and the words become
-two normal numbers by Box and Muller (1958). Everything is 32-bit integer arithmetic of tensors, which
-wraps as in C and which compilers turn into vector instructions: fused with the step that uses the
-numbers it is faster than any generator with a state. `a` alone would repeat a shifted window of
-one sequence for every key, and `b` alone would never repeat a value within a key; a xor b does
-neither. What the numbers pass is in docs/noise.md.
+with L the 32-bit mixer "lowbias32" (Chris Wellons, hash-prospector, 2018) and b turned by half its
+bits, and the words become two normal numbers by Box and Muller (1958). Everything is 32-bit
+integer arithmetic of tensors, which wraps as in C and which compilers turn into vector
+instructions: fused with the step that uses the numbers it is faster than any generator with a
+state. `a` alone would repeat a shifted window of one sequence for every key, and `b` alone would
+never repeat a value within a key; the two together do neither. What the numbers pass is in docs/noise.md.
 """
 
 import math
@@ -57,7 +57,9 @@ def words(lane: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """
     a = lowbias32(lane + key[0])
     b = lowbias32(a ^ key[1])
-    return a ^ b, b
+    # half a turn: the high bits of the two, which make the radius and the angle, stay independent
+    # even given a, which places share that have nearly the same k_0
+    return a ^ (b << 16) ^ _shifted(b, 16), b
 
 
 def normals(lane: Tensor, key: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -77,13 +79,13 @@ def normals(lane: Tensor, key: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tens
     u, v = words(lane, key)
     # 31 bits that keep their precision near 0, where the logarithm is steep
     radius = (-2 * torch.log((_shifted(u, 1).to(dtype) + 1) * 2.0**-31)).sqrt()
-    if dtype == torch.float64:
-        angle = v.to(dtype) * (2 * math.pi * 2.0**-32)
-        return radius * torch.cos(angle), radius * torch.sin(angle)
-    # 30 bits for an angle within 45 degrees of an axis, two to choose the axis and its end: short
-    # polynomials then reach float32, where sin and cos must reduce their argument first
+    # 30 bits for an angle within 45 degrees of an axis, two to choose the axis and its end
     y = (v << 2).to(dtype) * 2.0**-32
-    cos, sin = _polynomial(_COS, y * y), y * _polynomial(_SIN, y * y)
+    if dtype == torch.float64:
+        cos, sin = torch.cos(y * (math.pi / 2)), torch.sin(y * (math.pi / 2))
+    else:
+        # so near an axis short polynomials are enough for float32, and three times as fast
+        cos, sin = _polynomial(_COS, y * y), y * _polynomial(_SIN, y * y)
     swap, radius = v < 0, torch.where((v & 0x40000000) != 0, -radius, radius)
     return radius * torch.where(swap, sin, cos), radius * torch.where(swap, cos, sin)
 

@@ -9,7 +9,8 @@ a multilevel estimate, needs one Brownian *path* that may be asked about at any 
 A method says what it wants of a step from t to s, h = |s - t| (`Wants`): the increment w; or w
 with the area z = ∫ w(u) du under the path of the step, which has variance h³/3 and covariance
 h²/2 with w; or, for weak schemes, numbers with three values that have the moments of w up to the
-fifth; or w beside a generator for draws of any law.
+fifth, alone or beside signs; or w beside a generator for draws of any law; or the path of the
+step, to be halved.
 
 Keys are mixed into one 64-bit seed by the finaliser of SplitMix64 (Steele, Lea, Flood, "Fast
 splittable pseudorandom number generators", 2014), each word in turn, so that neighbouring keys
@@ -32,6 +33,7 @@ from kakusan.errors import KakusanError
 
 _MASK = (1 << 64) - 1
 SIXTH = 0.967421566101701  # P(z > SIXTH) = 1/6 for a standard normal z
+THIRD, LAST = 0.430727299295457, 1.38299412710064  # P(z > THIRD) = 1/3, P(z > LAST) = 1/12
 
 
 def mix(*words: int) -> int:
@@ -69,7 +71,16 @@ class Wants(enum.Enum):
     INCREMENT = "increment"
     AREA = "area"
     THREE_POINT = "three_point"
+    WEAK = "weak"
     DRAW = "draw"
+    BRIDGE = "bridge"
+
+
+class Weak(NamedTuple):
+    """Numbers with three values, and signs that are independent of them."""
+
+    dw: Tensor
+    sign: Tensor
 
 
 class Draw(NamedTuple):
@@ -108,10 +119,26 @@ class Noise(abc.ABC):
         # a normal number is beyond this value with probability 1/6
         return ((z > SIXTH).to(z.dtype) - (z < -SIXTH).to(z.dtype)) * math.sqrt(3 * abs(s - t))
 
+    def weak(self, step: int, t: float, s: float, shape: tuple[int, ...], like: Tensor) -> Weak:
+        """The numbers of `three_point`, and a sign beside each; both of one normal number."""
+        z = self.normal(step, shape, like)
+        three = (z > SIXTH).to(z.dtype) - (z < -SIXTH).to(z.dtype)
+        # between these values lies half of each of the three cases
+        size = z.abs()
+        sign = 1 - 2 * ((size > THIRD) & (size < LAST)).to(z.dtype)
+        return Weak(three * math.sqrt(3 * abs(s - t)), sign)
+
     def draw(self, step: int, t: float, s: float, shape: tuple[int, ...], like: Tensor) -> Draw:
         """The increment, and a generator whose stream belongs to this step."""
         dw = self.increment(step, t, s, shape, like)
         return Draw(dw, self.generator(step, like.device))
+
+    def bridge(self, step: int, t: float, s: float, shape: tuple[int, ...], like: Tensor) -> Any:
+        """The path over the step, to be halved at will: a `counter.Bridge`."""
+        raise KakusanError(
+            "this method halves its steps, which takes a path that may be asked about at any "
+            f"time: Counter(seed), for one; {type(self).__name__} is none"
+        )
 
     def generator(self, step: int, device: torch.device) -> torch.Generator:
         """A generator for numbers that are not normal."""

@@ -15,6 +15,7 @@ form                  G                          noise shape
 from __future__ import annotations
 
 import abc
+import functools
 import math
 
 import torch
@@ -102,7 +103,8 @@ class Scale(Operator):
     """
 
     def __init__(self, g: float | Tensor) -> None:
-        self.g = torch.as_tensor(g)
+        # a Python float must not pass through float32 on its way
+        self.g = g if isinstance(g, Tensor) else torch.tensor(g, dtype=torch.float64)
 
     def _beside(self, x: Tensor) -> Tensor:
         return per_sample(self.g, x)
@@ -159,7 +161,7 @@ class Dense(Operator):
             return (G * v.unsqueeze(-2)).sum(-1)
         # a few columns, one at a time: four times faster than the product and its strided sum
         columns = zip(G.unbind(-1), v.unbind(-1), strict=True)
-        return sum((column * z[:, None] for column, z in columns), v.new_zeros(()))
+        return functools.reduce(torch.add, [column * z[:, None] for column, z in columns])
 
     def mv(self, z: Tensor) -> State:  # noqa: D102
         Gz = self._times(self.G, z)

@@ -60,6 +60,11 @@ def advanced(x: State, v: State, h: float | Tensor) -> State:
     return x + h.to(x.dtype) * v if isinstance(h, Tensor) else torch.add(x, v, alpha=h)
 
 
+def is_tracing() -> bool:
+    """Whether a step is being traced, to be compiled."""
+    return _tracing.get()
+
+
 @contextlib.contextmanager
 def tracing() -> Iterator[None]:
     """Inside, `elapsed` gives tensors: a compiled step must not remember one step's length."""

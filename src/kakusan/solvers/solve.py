@@ -261,7 +261,7 @@ def _noise_shape(sde: SDE, x: State, grid: Tensor) -> tuple[int, ...] | None:
     if not isinstance(G, Operator):
         raise KakusanError(
             f"diffusion(x, t) gives a {type(G).__name__}, not an operator: wrap it in Scale(g) "
-            "for one number, Diagonal(g) for a number a coordinate, Dense(G) for matrices (B, d, m)"
+            "for one number, Diagonal(g) for one a coordinate, Dense(G) for matrices (B, d, m)"
         )
     if G.deterministic:
         return None
