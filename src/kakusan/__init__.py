@@ -58,33 +58,71 @@ from kakusan.processes.linear import SubVP as SubVP
 from kakusan.processes.linear import angle_grid as angle_grid
 from kakusan.processes.linear import log_snr_grid as log_snr_grid
 from kakusan.processes.sde import SDE as SDE
+from kakusan.processes.sde import KnownTransition as KnownTransition
+from kakusan.processes.sde import Splittable as Splittable
 from kakusan.processes.transforms import Stratonovich as Stratonovich
 from kakusan.processes.transforms import ito as ito
 from kakusan.processes.transforms import probability_flow as probability_flow
 from kakusan.processes.transforms import reverse as reverse
 from kakusan.processes.transforms import stratonovich as stratonovich
 from kakusan.processes.transforms import tilt as tilt
+from kakusan.processes.zoo import Brownian as Brownian
+from kakusan.processes.zoo import CIR as CIR
+from kakusan.processes.zoo import CellModel as CellModel
+from kakusan.processes.zoo import CriticallyDamped as CriticallyDamped
+from kakusan.processes.zoo import DoubleWell as DoubleWell
+from kakusan.processes.zoo import FitzHughNagumo as FitzHughNagumo
+from kakusan.processes.zoo import GeometricBrownian as GeometricBrownian
+from kakusan.processes.zoo import Heston as Heston
+from kakusan.processes.zoo import Jacobi as Jacobi
+from kakusan.processes.zoo import Landmarks as Landmarks
+from kakusan.processes.zoo import Langevin as Langevin
+from kakusan.processes.zoo import Lorenz as Lorenz
+from kakusan.processes.zoo import OrnsteinUhlenbeck as OrnsteinUhlenbeck
+from kakusan.processes.zoo import Swirl as Swirl
+from kakusan.processes.zoo import Underdamped as Underdamped
 
 # floor 2: solvers
+from kakusan.solvers.adaptive import Bisection as Bisection
+from kakusan.solvers.adaptive import DormandPrince as DormandPrince
+from kakusan.solvers.adjoint import Adjoint as Adjoint
+from kakusan.solvers.compiled import Compiled as Compiled
 from kakusan.solvers.exponential import Ancestral as Ancestral
 from kakusan.solvers.exponential import Multistep as Multistep
 from kakusan.solvers.exponential import generate as generate
+from kakusan.solvers.forms import NoiseForm as NoiseForm
+from kakusan.solvers.forms import noise_form as noise_form
+from kakusan.solvers.methods import RK4 as RK4
+from kakusan.solvers.methods import Exact as Exact
 from kakusan.solvers.methods import Heun as Heun
+from kakusan.solvers.methods import Splitting as Splitting
+from kakusan.solvers.methods import TamedEuler as TamedEuler
 from kakusan.solvers.solve import Eager as Eager
 from kakusan.solvers.solve import Engine as Engine
 from kakusan.solvers.solve import EulerMaruyama as EulerMaruyama
 from kakusan.solvers.solve import Method as Method
 from kakusan.solvers.solve import Path as Path
 from kakusan.solvers.solve import solve as solve
+from kakusan.solvers.strong import SRK as SRK
+from kakusan.solvers.strong import Milstein as Milstein
+from kakusan.solvers.strong import StratonovichHeun as StratonovichHeun
+from kakusan.solvers.weak import WeakSecond as WeakSecond
 
 if TYPE_CHECKING:
+    from kakusan.certification import Certificate as Certificate
+    from kakusan.certification import certify as certify
     from kakusan.pipeline import DiffusionModel as DiffusionModel
     from kakusan.training.config import Config as Config
 
 __version__ = "0.1.0"
 
 # rooms that need more than torch: opened by name
-_ROOMS = {"DiffusionModel": "kakusan.pipeline", "Config": "kakusan.training.config"}
+_ROOMS = {
+    "DiffusionModel": "kakusan.pipeline",
+    "Config": "kakusan.training.config",
+    "certify": "kakusan.certification",
+    "Certificate": "kakusan.certification",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The command line: train, sample, evaluate.
+"""The command line: train, sample, evaluate, simulate, check.
 
 Every verb prints what it made and where; `--json` prints one JSON object instead. Errors are one
 sentence: exit code 2 where the request is wrong, 1 where the work failed, 130 after Ctrl-C.
@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kakusan import verbs
 from kakusan.errors import KakusanError, UsageError
+from kakusan.verbs import Json, Quiet
 
 if TYPE_CHECKING:
     from kakusan.pipeline import DiffusionModel
@@ -34,8 +36,6 @@ app = typer.Typer(
     help="Diffusion models written as what they are: stochastic differential equations.",
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as train makes it.")]
 Steps = Annotated[int | None, typer.Option(help="Evaluations of the network a sample.")]
 Noise = Annotated[
@@ -79,10 +79,12 @@ def train(
         str | None,
         typer.Option(
             help="digits, two-moons, ..., a file (.npy .npz .csv .parquet), a folder "
-            "(pictures, IDX, CIFAR-10), or hub:NAME.  [default: digits]"
+            "(pictures, IDX, CIFAR-10), or hub:NAME.  \\[default: digits]"
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="The run folder.  [default: runs/NAME]")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run folder.  \\[default: runs/NAME]")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML file of settings.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     dry_run: Annotated[
@@ -131,7 +133,7 @@ def sample(
     batch: Batch = 256,
     out: Annotated[
         Path | None,
-        typer.Option(help="Where to: .png, .npz, .csv or .parquet.  [default: RUN/samples/...]"),
+        typer.Option(help="Where to: .png, .npz, .csv or .parquet.  \\[default: RUN/samples/...]"),
     ] = None,
     trajectory: Annotated[
         bool, typer.Option("--trajectory", help="Draw the way from noise to data as well.")
@@ -173,7 +175,7 @@ def evaluate(
     run: Run,
     n: Annotated[
         int | None,
-        typer.Option("-n", help="How many samples.  [default: as held-out data]"),
+        typer.Option("-n", help="How many samples.  \\[default: as held-out data]"),
     ] = None,
     data: Annotated[
         str | None, typer.Option(help="Where the data are now, if they have moved.")
@@ -216,6 +218,46 @@ def evaluate(
         return
     print(found)
     print(f"  numbers   {run / 'evaluation.json'}\n  picture   {picture}")
+
+
+app.command()(verbs.simulate)
+
+
+@app.command()
+def check(
+    process: Annotated[
+        str,
+        typer.Argument(metavar="PROCESS", help="A name, module:object or path/to/file.py:object."),
+    ],
+    words: verbs.Words = None,
+    start: Annotated[
+        str | None, typer.Option(help="1,0.5, or a file of draws .npy .npz .csv, one a row.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="Which solver to measure.")] = "euler-maruyama",
+    learn: Annotated[
+        bool, typer.Option("--learn", help="Learn a score to run backwards with (a minute).")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Fixes every number.")] = 0,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Check a process of your own: coefficients, noise, orders, laws, the way back.
+
+    Exit code 1 where a check fails; each says why.
+
+    Example:  kakusan check swirl rotation=2
+    """
+    from kakusan import catalogue, certification, launch, simulation
+
+    sde, known = simulation.resolve(process, words), catalogue.methods()
+    solver = known[catalogue.named(method, known, "method")]()
+    starts = None if start is None else launch.read_start(start, sde)
+    found = certification.certify(
+        sde, starts, solver, learn=learn, seed=seed, quiet=quiet or as_json
+    )
+    print(json.dumps(found.to_json()) if as_json else found)
+    if not found.ok:
+        raise typer.Exit(1)
 
 
 # --- small helpers

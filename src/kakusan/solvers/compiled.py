@@ -166,7 +166,7 @@ class _Program:
         times, parts = self.task.grid[: self.K + 1], self.pack(x)
         draw = torch.compile(normals, dynamic=False, options=_OPTIONS)
         try:
-            import torch._inductor
+            from torch import _inductor
             from torch.fx.experimental.proxy_tensor import make_fx
 
             drawn = self.drawn(self.lead, x, None)
@@ -174,7 +174,7 @@ class _Program:
             with tracing():
                 graph = make_fx(_flattened(self._chain(len(x)), example))(*_leaves(example))
             # straight to the compiler: the guards of torch.compile cost more than a small chunk
-            run = torch._inductor.compile(graph, _leaves(example), options=_OPTIONS)
+            run = _inductor.compile(graph, _leaves(example), options=_OPTIONS)
             run(*_leaves(example))  # a machine without a compiler says so here
         except Exception as error:
             raise _CannotCompile(_first_line(error)) from error

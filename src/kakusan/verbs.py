@@ -1,0 +1,219 @@
+"""The verb `simulate`: its options, and what it prints."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kakusan.errors import KakusanError, UsageError
+
+if TYPE_CHECKING:
+    from kakusan.simulation import Ensemble, Request
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+Process = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="PROCESS",
+        help="A name (--list shows them), module:object or path/to/file.py:object, where the "
+        "object is an SDE, a class of them or a function that returns one.",
+    ),
+]
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE", help="Its parameters: sigma=0.5 mean=[0,1] rate=[[1,0],[0,2]]."
+    ),
+]
+Span = Annotated[
+    str | None,
+    typer.Option(metavar="START,END", help="When.  \\[default: the process's own]"),
+]
+Start = Annotated[
+    str | None,
+    typer.Option(
+        help="0.5 or 1,2, or a file .npy .npz .csv, one state a row; path i starts at row i "
+        "modulo their number.  \\[default: the process's own]"
+    ),
+]
+MethodName = Annotated[
+    str | None,
+    typer.Option(
+        "--method",
+        help="euler-maruyama, heun, ...  \\[default: euler-maruyama; splitting or exact for a "
+        "process with a domain, where it knows them]",
+    ),
+]
+Seed = Annotated[
+    int,
+    typer.Option(
+        help="Fixes every path. With the same seed and span, twice the steps are finer steps "
+        "along the same paths, and more paths are the same ones and others."
+    ),
+]
+Out = Annotated[
+    str | None,
+    typer.Option(
+        help="FILE.npz, .parquet, .csv (and a picture beside it) or .png; a folder or any other "
+        "name is a base for .png and .npz.  \\[default: the process's name]"
+    ),
+]
+
+
+def simulate(
+    process: Process = None,
+    words: Words = None,
+    n: Annotated[
+        int | None,
+        typer.Option("-n", help="Paths.  \\[default: 10000, or the rows of a --start file]"),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps, of equal length.")] = 500,
+    span: Span = None,
+    until: Annotated[float | None, typer.Option(help="The end alone, instead of --span.")] = None,
+    start: Start = None,
+    method: MethodName = None,
+    engine: Annotated[
+        str, typer.Option(help="eager, or compiled: faster, after seconds of compiling.")
+    ] = "eager",
+    dtype: Annotated[str, typer.Option(help="float64 or float32.")] = "float64",
+    seed: Seed = 0,
+    out: Out = None,
+    keep: Annotated[int, typer.Option(help="About how many times are kept.")] = 100,
+    paths: Annotated[
+        int | None,
+        typer.Option(
+            help="Paths that are kept; statistics are over all.  \\[default: up to 1000]"
+        ),
+    ] = None,
+    quantiles: Annotated[str, typer.Option(help="Which.")] = "0.05,0.25,0.5,0.75,0.95",
+    listing: Annotated[
+        bool, typer.Option("--list", help="Print the processes that have names, and stop.")
+    ] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Simulate many paths of a stochastic differential equation.
+
+    Prints mean, spread and quantiles at the end; draws a picture of them over time; keeps paths
+    and statistics in a file. Numbers known in closed form stand beside.
+
+    Example:  kakusan simulate double-well v=1 -n 20000 --until 5 --out well.npz
+    """
+    if listing:
+        _list(as_json)
+        return
+    if process is None:
+        raise UsageError("which process? kakusan simulate --list shows those with names")
+    from kakusan import catalogue, launch, simulation
+
+    sde = simulation.resolve(process, words)
+    name = process if ":" in process else catalogue.kebab(type(sde).__name__)
+    states = None if start is None else launch.read_start(start, sde)
+    rows = 0 if states is None else len(states)
+    request = simulation.Request(
+        n=n if n is not None else rows if rows > 1 else 10_000,
+        steps=steps, span=_span(sde.span, span, until), start=states, method=method, engine=engine,
+        dtype=dtype, seed=seed, keep=keep, paths=paths, quantiles=_numbers(quantiles, "quantiles"),
+    )  # fmt: skip
+    _simulate(sde, request, name, out, quiet, as_json)
+
+
+def _simulate(
+    sde: Any, request: Request, name: str, out: str | None, quiet: bool, as_json: bool
+) -> None:
+    from kakusan import charts, launch, simulation
+
+    places = simulation.places(out, name.split(":")[-1])  # refused before the work
+    try:
+        found = simulation.simulate(sde, request, name, quiet or as_json)
+    except UsageError:
+        raise
+    except KakusanError as error:
+        raise KakusanError(launch.options(str(error))) from error
+    writers = {"arrays": simulation.write_arrays, "table": simulation.write_table,
+               "picture": charts.draw}  # fmt: skip
+    made = {kind: str(writers[kind](found, place)) for kind, place in places.items()}
+    if as_json:
+        print(json.dumps({**found.about(), "seconds": found.seconds, "end": found.end, **made}))
+        return
+    print(summary(found))
+    for kind, place in made.items():
+        print(f"  {kind:10}{place}")
+
+
+def _list(as_json: bool) -> None:
+    from kakusan import catalogue
+
+    print(json.dumps(catalogue.listing()) if as_json else catalogue.table())
+
+
+def _span(
+    own: tuple[float, float], span: str | None, until: float | None
+) -> tuple[float, float] | None:
+    if span is not None and until is not None:
+        raise UsageError("--span and --until say the same thing twice; choose one")
+    if until is not None:
+        return float(own[0]), until
+    if span is None:
+        return None
+    ends = _numbers(span, "a span")
+    if len(ends) != 2:
+        raise UsageError(f"a span is START,END, as 0,5; got {span!r}")
+    return ends[0], ends[1]
+
+
+def _numbers(text: str, what: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(v) for v in text.strip(" []()").split(","))
+    except ValueError:
+        raise UsageError(f"{what} must be numbers with commas between, got {text!r}") from None
+
+
+def summary(found: Ensemble) -> str:
+    """The end in words: a row a coordinate, with numbers in closed form where they are known."""
+    from kakusan.simulation import counted
+
+    r = found.request
+    span = f"t={found.times[0]:g} to t={found.times[-1]:g}"
+    lines = [f"{found.title}: {counted(r)} from {span}, {r.dtype}, seed {r.seed}, "
+             f"{found.seconds:.1f} s", ""]  # fmt: skip
+    exact = found.exact_mean is not None
+    head = ["", "mean ± std. error", *(["exact"] if exact else []), "std",
+            *(["exact"] if exact else []), *(f"{100 * q:g}%" for q in r.quantiles)]  # fmt: skip
+    shown = found.end[:12]
+    rows = [head]
+    for row in shown:
+        q = [f"{v:.4g}" for v in row["quantiles"].values()]
+        mean, std = [_with_error(row["mean"], row["std_error"])], [f"{row['std']:.4g}"]
+        if exact:
+            mean.append(f"{row['exact_mean']:.5g}")
+            std.append(f"{row['exact_std']:.4g}")
+        rows.append([row["name"], *mean, *std, *q])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines += [
+        "  " + "  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in rows
+    ]
+    if len(found.end) > len(shown):
+        lines.append(f"  and {len(found.end) - len(shown)} coordinates more, in the files")
+    return "\n".join([*lines, ""])
+
+
+def _with_error(mean: float, error: float | None) -> str:
+    """A mean to the digits its error allows.
+
+    Example:
+        >>> _with_error(1.23456, 0.0123)
+        '1.235 ± 0.012'
+    """
+    if error is None:  # of one path nobody knows
+        return f"{mean:.5g}"
+    if not 0 < error < math.inf:
+        return f"{mean:.5g} ± {error:.2g}"
+    digits = 1 - math.floor(math.log10(error))
+    if not 0 <= digits <= 8:
+        return f"{mean:.5g} ± {error:.2g}"
+    return f"{mean:.{digits}f} ± {error:.{digits}f}"
