@@ -66,8 +66,8 @@ from kakusan.processes.transforms import probability_flow as probability_flow
 from kakusan.processes.transforms import reverse as reverse
 from kakusan.processes.transforms import stratonovich as stratonovich
 from kakusan.processes.transforms import tilt as tilt
-from kakusan.processes.zoo import Brownian as Brownian
 from kakusan.processes.zoo import CIR as CIR
+from kakusan.processes.zoo import Brownian as Brownian
 from kakusan.processes.zoo import CellModel as CellModel
 from kakusan.processes.zoo import CriticallyDamped as CriticallyDamped
 from kakusan.processes.zoo import DoubleWell as DoubleWell
@@ -85,6 +85,7 @@ from kakusan.processes.zoo import Underdamped as Underdamped
 # floor 2: solvers
 from kakusan.solvers.adaptive import Bisection as Bisection
 from kakusan.solvers.adaptive import DormandPrince as DormandPrince
+from kakusan.solvers.adaptive import Tally as Tally
 from kakusan.solvers.adjoint import Adjoint as Adjoint
 from kakusan.solvers.compiled import Compiled as Compiled
 from kakusan.solvers.exponential import Ancestral as Ancestral
@@ -97,6 +98,8 @@ from kakusan.solvers.methods import Exact as Exact
 from kakusan.solvers.methods import Heun as Heun
 from kakusan.solvers.methods import Splitting as Splitting
 from kakusan.solvers.methods import TamedEuler as TamedEuler
+from kakusan.solvers.multilevel import Expectation as Expectation
+from kakusan.solvers.multilevel import expectation as expectation
 from kakusan.solvers.solve import Eager as Eager
 from kakusan.solvers.solve import Engine as Engine
 from kakusan.solvers.solve import EulerMaruyama as EulerMaruyama
@@ -111,6 +114,9 @@ from kakusan.solvers.weak import WeakSecond as WeakSecond
 if TYPE_CHECKING:
     from kakusan.certification import Certificate as Certificate
     from kakusan.certification import certify as certify
+    from kakusan.learn import learn_score as learn_score
+    from kakusan.objectives.local import Local as Local
+    from kakusan.objectives.local import Skorokhod as Skorokhod
     from kakusan.pipeline import DiffusionModel as DiffusionModel
     from kakusan.training.config import Config as Config
 
@@ -122,6 +128,9 @@ _ROOMS = {
     "Config": "kakusan.training.config",
     "certify": "kakusan.certification",
     "Certificate": "kakusan.certification",
+    "learn_score": "kakusan.learn",
+    "Local": "kakusan.objectives.local",
+    "Skorokhod": "kakusan.objectives.local",
 }
 
 

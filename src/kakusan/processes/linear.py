@@ -61,14 +61,12 @@ class LinearSDE(SDE):
             (-0.05, 0.1)
         """
         t = as_time(t)
-        with torch.inference_mode(False), torch.enable_grad():
-            s = t.detach().clone().requires_grad_()
-            alpha, variance = self.alpha(s), self.variance(s)
-            # a constant alpha (variance exploding) has no graph, hence the zero that has one
-            (d_alpha,) = torch.autograd.grad((alpha + 0 * s).sum(), s)
-            (d_variance,) = torch.autograd.grad(variance.sum(), s)
-        a = d_alpha / alpha.detach()
-        return a, (d_variance - 2 * a * variance.detach()).clamp(min=0)
+        one = torch.ones_like(t)
+        # forward mode nests in other derivatives and in traces, where a graph of its own would not
+        alpha, d_alpha = torch.func.jvp(self.alpha, (t,), (one,))
+        variance, d_variance = torch.func.jvp(self.variance, (t,), (one,))
+        a = d_alpha / alpha
+        return a, (d_variance - 2 * a * variance).clamp(min=0)
 
     def drift(self, x: State, t: Time) -> State:  # noqa: D102
         return per_sample(self.rates(t)[0], x) * x

@@ -87,7 +87,7 @@ class _Program:
 
     def __init__(self, task: Task, x: State, engine: Compiled) -> None:
         self.task, self.K, self.shape = task, engine.chunk, x.shape
-        self.state = task.method.init(task.sde, x, task.grid)
+        self.state = task.init(x)
         self.pairs = task.method.wants in (Wants.AREA, Wants.WEAK)
         self.sweep = self._sweep()
         self.lead = self.sweep.lead if self.sweep else 0
@@ -110,8 +110,8 @@ class _Program:
     def _traced(self, x: State) -> fx.GraphModule:
         """One step as a graph of ATen operations: (x, t, s, *dw) -> x."""
         task = self.task
-        if task.method.wants is Wants.DRAW:
-            raise _CannotCompile(f"{type(task.method).__name__} draws from a generator")
+        if task.method.wants in (Wants.DRAW, Wants.BRIDGE):
+            raise _CannotCompile(f"{type(task.method).__name__} draws as it goes")
 
         def step(x: State, t: Tensor, s: Tensor, *dw: Tensor) -> State:
             given = None if not dw else dw if self.pairs else dw[0]

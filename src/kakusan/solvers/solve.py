@@ -115,16 +115,24 @@ class Task:
         t, s = self.times[k], self.times[k + 1]
         return self.noise.want(self.method.wants, k, t, s, self.shape, like)
 
+    def init(self, x: State) -> Any:
+        """What the method remembers before the first step."""
+        return self._watched(self.method.init, x, self.grid)
+
+    def _watched(self, call: Callable, x: State, *rest: Any) -> Any:
+        try:
+            return call(self.sde, x, *rest)
+        except (RuntimeError, ValueError, IndexError) as error:
+            if not isinstance(error, KakusanError):
+                _check_shapes(self, x)
+            raise
+
     def step(self, k: int, x: State, dw: Any, state: Any) -> tuple[State, Any]:
         """Step k; the first is watched for drifts and operators of a wrong shape."""
         t, s = self.points[k], self.points[k + 1]
         if k:
             return self.method.step(self.sde, x, t, s, dw, state)
-        try:
-            after = self.method.step(self.sde, x, t, s, dw, state)
-        except RuntimeError as error:
-            _check_shapes(self, x)
-            raise error
+        after = self._watched(self.method.step, x, t, s, dw, state)
         if after[0].shape != x.shape or after[0].dtype != x.dtype:
             _check_shapes(self, x)
         return after
@@ -162,7 +170,7 @@ class Eager(Engine):
     """One step after the other, by torch's own kernels; gradients flow through all of them."""
 
     def run(self, task: Task, x: State) -> State:  # noqa: D102
-        state = task.method.init(task.sde, x, task.grid)
+        state = task.init(x)
         for k in range(task.steps):
             dw = task.dw(k, x)
             x, state = task.step(k, x, dw, state)
@@ -320,7 +328,7 @@ def _free_memory(x: State) -> float:
 
 def _what_went_wrong(task: Task, x: State, end: State) -> str:
     """Runs the task again, a look after every step, to say where it failed."""
-    state, noise = task.method.init(task.sde, x, task.grid), task.noise
+    state, noise = task.init(x), task.noise
     for k in range(task.steps):
         before = x
         x, state = task.step(k, x, task.dw(k, x), state)
