@@ -209,7 +209,7 @@ def test_what_a_score_net_is_at_its_ends():
         (torch.ones(3, 2, dtype=torch.int64), "floating-point states"),
         (torch.ones(0, 2), "floating-point states"),
         (torch.tensor([[1.0], [math.nan], [math.inf]]), "2 of 3 starts are not finite"),
-        (lambda n: torch.ones(3, 1), "must give 128 states, got 3"),
+        (lambda n: torch.ones(3, 1), "must give 512 states, got 3"),
         (lambda n: None, "floating-point states"),
         ("here", "a tensor of states or a function"),
     ],

@@ -13,6 +13,10 @@ a loss of 1 is that of the Gaussian guess.
 Where the Gaussian is all there is, a network fitted to noisy targets adds nothing but noise.
 At the end it is therefore multiplied by the factor in [0, 1] that suits unseen paths best.
 
+Nothing is learned where no path went; there the score grows about as the state does. Where the
+drift grows faster, as in a double well with a quartic energy, a few backward paths may stray out
+of the wells and run away.
+
 References:
     Simulating diffusion bridges with score matching (Heng et al., 2021), arXiv 2111.07243
 """

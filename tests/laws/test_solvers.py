@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
+import kakusan
 from kakusan import (
+    CIR,
     DDPM,
     SDE,
     VP,
@@ -13,6 +15,7 @@ from kakusan import (
     Cosine,
     Dense,
     EulerMaruyama,
+    Exact,
     ExactEmpirical,
     Fresh,
     Heun,
@@ -278,3 +281,35 @@ def test_what_does_not_fit_the_state_is_refused_with_the_three_shapes():
     bare = SDE.of(lambda x, t: x, lambda x, t: x)
     with pytest.raises(KakusanError, match=r"gives a Tensor, not an operator: wrap it in Scale"):
         solve(bare, x, grid)
+
+
+def test_states_are_kept_and_shown_as_often_as_asked():
+    sde, x, grid = SDE.of(lambda x, t: -x, Scale(1.0)), torch.ones(3, 2), grids.uniform(0, 1, 10)
+    full = solve(sde, x, grid, noise=Fresh(0), keep=True)
+    seen = []
+    some = solve(
+        sde, x, grid, noise=Fresh(0), keep=True, every=4, on_step=lambda k, t, x: seen.append(k)
+    )
+    assert seen == [3, 7, 9] and torch.equal(some.t, grid[[0, 4, 8, 10]])
+    assert torch.equal(some.x, full.x[[0, 4, 8, 10]])
+    sums = torch.stack([full.dw[:4].sum(0), full.dw[4:8].sum(0), full.dw[8:].sum(0)])
+    assert torch.allclose(some.dw, sums, atol=1e-6)
+    with pytest.raises(KakusanError, match="every says .* got 0"):
+        solve(sde, x, grid, every=0)
+
+
+def test_what_would_not_fit_is_refused_before_the_work(monkeypatch):
+    monkeypatch.setattr(kakusan.solvers.solve, "_free_memory", lambda x: 1e5)
+    sde, grid = SDE.of(lambda x, t: -x, Scale(1.0)), grids.uniform(0, 1, 1000)
+    words = r"keeping 1000 states of shape \(50, 2\).* every=32 keeps fewer, on_step"
+    with pytest.raises(KakusanError, match=words):
+        solve(sde, torch.ones(50, 2), grid, keep=True)
+    solve(sde, torch.ones(50, 2), grid, keep=True, every=32)
+
+
+def test_paths_that_leave_the_domain_are_named():
+    cir, x = CIR(rate=1.0, mean=0.05, sigma=1.0), torch.full((500, 1), 0.05, dtype=F64)
+    words = r"path \d+ of 500 left the domain x >= 0 at t=.* of EulerMaruyama.*Exact\(\)"
+    with pytest.raises(KakusanError, match=words):
+        solve(cir, x, grids.uniform(0, 1, 20), noise=Fresh(0))
+    assert (solve(cir, x, grids.uniform(0, 1, 20), Exact(), Fresh(0)).end >= 0).all()

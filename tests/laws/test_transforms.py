@@ -6,11 +6,14 @@ import torch
 from kakusan import (
     KakusanError,
     Recorded,
+    Stratonovich,
     gram_divergence,
+    ito,
     probability_flow,
     probed_gram_divergence,
     reverse,
     solve,
+    stratonovich,
     tilt,
 )
 from kakusan.core import grids
@@ -139,3 +142,47 @@ def test_dense_noise_reverses_to_its_start():
     # standard errors of mean and variance, and an O(h) bias with h = 1/60
     assert x0.mean(0).abs().max() < 4 / n**0.5 + 0.005
     assert (x0.T.cov() - torch.eye(2)).abs().max() < 4 * (2 / n) ** 0.5 + 0.01
+
+
+def test_the_two_senses_of_an_equation():
+    """Ito's drift is Stratonovich's plus half of the sum of (dG_j) G_j, column by column."""
+    sde = Reversible(seed=4)
+    x, t = torch.randn(5, 2, dtype=F64), time(0.3)
+
+    def columns(y):
+        return sde.diffusion(y[None], t).G[0]
+
+    by_hand = torch.stack([
+        torch.einsum("ijk,kj->i", torch.func.jacfwd(columns)(y), columns(y)) for y in x
+    ])  # fmt: skip
+    shift = stratonovich(sde).drift(x, t) - sde.drift(x, t)
+    assert torch.allclose(shift, -by_hand / 2, atol=1e-12)
+    read = ito(Stratonovich(sde))
+    assert torch.allclose(read.drift(x, t) - sde.drift(x, t), by_hand / 2, atol=1e-12)
+
+
+def test_round_trips_between_the_senses_change_nothing():
+    sde, x, t = Reversible(seed=5), torch.randn(5, 2, dtype=F64), time(0.3)
+    assert ito(sde) is sde and ito(stratonovich(sde)) is sde
+    held = Stratonovich(sde)
+    assert stratonovich(held) is held
+    again = stratonovich(ito(held))
+    assert torch.allclose(again.drift(x, t), held.drift(x, t), atol=1e-14)
+    with pytest.raises(KakusanError, match="Stratonovich already"):
+        Stratonovich(held)
+
+
+def test_the_senses_of_a_reversed_process_follow_its_clock():
+    """A reversed process runs against the clock, which turns the correction around."""
+    back = reverse(Geometric(), Geometric().score)
+    x, t = torch.rand(5, 1, dtype=F64) + 0.5, time(0.3)
+    shift = stratonovich(back).drift(x, t) - back.drift(x, t)
+    assert torch.allclose(shift, 0.36 * x / 2, atol=1e-14)
+
+
+def test_reversing_reads_either_sense():
+    sde, x, t = Reversible(seed=6), torch.randn(5, 2, dtype=F64), time(0.3)
+    one = reverse(stratonovich(sde), sde.score).drift(x, t)
+    assert torch.allclose(one, reverse(sde, sde.score).drift(x, t), atol=1e-12)
+    u = tilt(stratonovich(sde), lambda x, t: -x).drift(x, t)
+    assert torch.allclose(u, tilt(sde, lambda x, t: -x).drift(x, t), atol=1e-12)

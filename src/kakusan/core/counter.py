@@ -195,7 +195,7 @@ class Counter(Noise):
         return value
 
     def lanes_of(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """The lanes of the batch, remembered; the memory of the path is that of one batch at a time."""
+        """The lanes of the batch; a path remembers its places for one batch at a time."""
         batch = (tuple(shape), like.dtype, like.device)
         if self._memo.get("batch") != batch:
             self._memo = {"batch": batch, "lanes": self.lanes(shape, like.device)}

@@ -3,14 +3,16 @@ r"""Random numbers as functions of a key and a lane: no state, any order, any pa
 A 64-bit key (two 32-bit words, one pair for a place on a path) and a lane (which number of the
 state) are hashed to two words,
 
-.. math:: a = L(\text{lane} + k_0), \quad b = L(a \oplus k_1), \qquad (a \oplus (b \circlearrowleft 16),\ b),
+.. math:: a = L(\text{lane} + k_0), \quad b = L(a \oplus k_1), \qquad
+          (a \oplus (b \circlearrowleft 16),\ b),
 
 with L the 32-bit mixer "lowbias32" (Chris Wellons, hash-prospector, 2018) and b turned by half its
 bits, and the words become two normal numbers by Box and Muller (1958). Everything is 32-bit
 integer arithmetic of tensors, which wraps as in C and which compilers turn into vector
 instructions: fused with the step that uses the numbers it is faster than any generator with a
 state. `a` alone would repeat a shifted window of one sequence for every key, and `b` alone would
-never repeat a value within a key; the two together do neither. What the numbers pass is in docs/noise.md.
+never repeat a value within a key; the two together do neither. What the numbers pass is in
+docs/noise.md.
 """
 
 import math

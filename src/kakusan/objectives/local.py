@@ -415,8 +415,8 @@ def _both(step: _Step, d: int, m: int) -> Slopes:
     def slope(x: Tensor, z: Tensor) -> Tensor:
         return jvp(lambda y: step.map(y, z), (x,), (u[:, :d].contiguous(),))[1]
 
-    a, second_order = jvp(slope, (x, z), (v[:, :d].contiguous(), v[:, d:].contiguous()))
-    a, second_order = (_columns(w, len(pairs)) for w in (a, second_order))
+    out = jvp(slope, (x, z), (v[:, :d].contiguous(), v[:, d:].contiguous()))
+    a, second_order = (_columns(w, len(pairs)) for w in out[:2])
     at = {pair: k for k, pair in enumerate(pairs)}
     xx = [at[min(i, j), max(i, j)] for i in range(d) for j in range(d)]
     xz = [at[i, d + j] for i in range(d) for j in range(m)]

@@ -60,13 +60,13 @@ class LinearSDE(SDE):
             >>> round(a.item(), 12), round(g2.item(), 12)
             (-0.05, 0.1)
         """
-        t = as_time(t)
+        t = as_time(t).contiguous()  # forward mode refuses expanded tensors
         one = torch.ones_like(t)
         # forward mode nests in other derivatives and in traces, where a graph of its own would not
-        alpha, d_alpha = torch.func.jvp(self.alpha, (t,), (one,))
-        variance, d_variance = torch.func.jvp(self.variance, (t,), (one,))
-        a = d_alpha / alpha
-        return a, (d_variance - 2 * a * variance).clamp(min=0)
+        alpha = torch.func.jvp(self.alpha, (t,), (one,))  # the value and its slope
+        variance = torch.func.jvp(self.variance, (t,), (one,))
+        a = alpha[1] / alpha[0]
+        return a, (variance[1] - 2 * a * variance[0]).clamp(min=0)
 
     def drift(self, x: State, t: Time) -> State:  # noqa: D102
         return per_sample(self.rates(t)[0], x) * x

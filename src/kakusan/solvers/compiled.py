@@ -31,7 +31,8 @@ from kakusan.errors import KakusanError
 from kakusan.solvers.columns import Batch, Columns, NoColumns, cells, tidied
 from kakusan.solvers.solve import Eager, Engine, Task
 
-_PROGRAMS: dict[Any, Callable] = {}  # compiled chunks, by the text and constants of their step
+# by the text and constants of a step: its compiled chunk, normal numbers, whether in columns
+_PROGRAMS: dict[Any, tuple[Callable, Callable, bool]] = {}
 _KEPT = 64
 # by default a value used twice is computed twice while its formula is short, which makes the text
 # of a hash, whose every round uses its argument twice, grow as 2^rounds before it is simplified
@@ -170,11 +171,11 @@ class _Program:
             from torch.fx.experimental.proxy_tensor import make_fx
 
             drawn = self.drawn(self.lead, x, None)
-            example = (times, parts, drawn)
+            example: Any = (times, parts, drawn)
             with tracing():
                 graph = make_fx(_flattened(self._chain(len(x)), example))(*_leaves(example))
             # straight to the compiler: the guards of torch.compile cost more than a small chunk
-            run = _inductor.compile(graph, _leaves(example), options=_OPTIONS)
+            run: Any = _inductor.compile(graph, _leaves(example), options=_OPTIONS)
             run(*_leaves(example))  # a machine without a compiler says so here
         except Exception as error:
             raise _CannotCompile(_first_line(error)) from error
@@ -244,8 +245,8 @@ class _Program:
         inputs = self.sweep.inputs(k, lane, x, halve)
         values = zip(*(self.pack(v) for v in inputs[fixed:]), strict=True)
         lanes = self.pack(lane)
-        return [((*inputs[:fixed], *v), one)
-                for v, one in zip(list(values) or [()] * len(lanes), lanes, strict=True)]  # fmt: skip
+        each = zip(list(values) or [()] * len(lanes), lanes, strict=True)
+        return [((*inputs[:fixed], *v), one) for v, one in each]
 
     def halve(self, value: Any, level: int, index: int, lane: Tensor) -> Any:
         """The halves of a cell of the path, by compiled numbers."""
@@ -291,7 +292,7 @@ class _Program:
                 task.seen(k + i, self.unpack(x, self.shape), moved)
 
 
-def _leaves(tree: Any) -> list[Tensor]:
+def _leaves(tree: Any) -> list[Any]:
     """The tensors of nested lists and tuples, in order."""
     if isinstance(tree, Tensor):
         return [tree]
