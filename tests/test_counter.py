@@ -108,6 +108,17 @@ def test_three_points_have_five_moments_of_a_normal(noise):
         assert abs((z**k).mean() - truth) < 4.5 * error, (noise, k)
 
 
+def test_runs_that_meet_at_a_time_share_no_numbers():
+    """A process run in two legs with one path: the variances add up."""
+    n, path = 100_000, Counter(3, cell=0.25)
+    for want in (Wants.WEAK, Wants.THREE_POINT, Wants.INCREMENT):
+        total = torch.zeros(n, 1, dtype=torch.float64)
+        for t in (0.0, 0.5):
+            dw = path.want(want, 0, t, t + 0.5, (n, 1), LIKE)
+            total += dw[0] if isinstance(dw, tuple) else dw
+        assert abs(total.var() - 1) < 4.5 * total.square().std() / n**0.5, want
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("back", [False, True])
 def test_a_sweep_unfolds_what_single_steps_say(kind, back):

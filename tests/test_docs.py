@@ -141,7 +141,7 @@ def test_python_on_the_page_runs(page, run, tmp_path, monkeypatch):
         return evaluate(self, 40, **{**options, "limit": 40, "steps": 2})
 
     def small_learn_score(*args, **options):
-        return learn_score(*args, **{**options, "iterations": 4, "paths": 128})
+        return learn_score(*args, **{**options, "steps": 10, "iterations": 4, "paths": 64})
 
     monkeypatch.setattr(learn, "learn_score", small_learn_score)
     monkeypatch.setattr(DiffusionModel, "_fit", classmethod(small_fit))

@@ -275,6 +275,12 @@ def test_what_does_not_fit_the_state_is_refused_with_the_three_shapes():
     words = r"state is \(4, 1, 3\) .* drift \(4,\) .* noise \(4, 1, 3\) to \(4, 1, 3\)"
     with pytest.raises(KakusanError, match=words):
         solve(flat, x, grid)
+    narrow = SDE.of(lambda x, t: x[..., :1], Scale(1.0))
+    with pytest.raises(KakusanError, match=r"drift \(4, 1, 1\) in"):
+        solve(narrow, x, grid)
+    comes = SDE.of(lambda x, t: 0 * x, lambda x, t: Zero() if t < 0.5 else Scale(1.0))
+    with pytest.raises(KakusanError, match=r"Zero at some times .*Scale\(0.0\)"):
+        solve(comes, x, grid)
     double = SDE.of(lambda x, t: x.double(), Scale(1.0))
     with pytest.raises(KakusanError, match=r"drift \(4, 1, 3\) in torch.float64"):
         solve(double, x, grid)

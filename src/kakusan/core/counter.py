@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from kakusan.core.hashing import normals, words
-from kakusan.core.noise import Noise, Wants, generator, mix
+from kakusan.core.noise import Draw, Noise, Wants, Weak, generator, mix
 from kakusan.errors import KakusanError
 
 if TYPE_CHECKING:
@@ -239,6 +239,19 @@ class Counter(Noise):
         from kakusan.core.bridge import Bridge  # it is made of parts of this module
 
         return Bridge.over(self, t, s, shape, like)
+
+    def weak(  # noqa: D102
+        self, step: int, t: float, s: float, shape: tuple[int, ...], like: Tensor
+    ) -> Weak:
+        return super().weak(self._place(t, s), t, s, shape, like)
+
+    def draw(self, step: int, t: float, s: float, shape: tuple[int, ...], like: Tensor) -> Draw:
+        """The increment, and a generator whose stream belongs to these times."""
+        return super().draw(self._place(t, s), t, s, shape, like)
+
+    def _place(self, t: float, s: float) -> int:
+        """A number for the step from t to s: two runs that meet at a time share none."""
+        return mix(*sorted((self.tick(t), self.tick(s))))
 
     def generator(self, step: int, device: torch.device) -> torch.Generator:
         """A generator for the whole batch: its numbers do depend on the batch size."""

@@ -70,7 +70,7 @@ def normals(lane: Tensor, key: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tens
     Arguments:
         lane: Which number, int32, of any shape.
         key: Two int32 words, with shape (2,).
-        dtype: float32 or float64.
+        dtype: Of the numbers; computed in float64 for float64, else in float32.
 
     Example:
         >>> lanes, key = torch.arange(100_000, dtype=torch.int32), torch.tensor([7, 8])
@@ -78,6 +78,7 @@ def normals(lane: Tensor, key: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tens
         >>> round(z.mean().item(), 2), round(z.var().item(), 1), round((z * y).mean().item(), 2)
         (0.0, 1.0, 0.0)
     """
+    wanted, dtype = dtype, torch.float64 if dtype == torch.float64 else torch.float32
     u, v = words(lane, key)
     # 31 bits that keep their precision near 0, where the logarithm is steep
     radius = (-2 * torch.log((_shifted(u, 1).to(dtype) + 1) * 2.0**-31)).sqrt()
@@ -89,7 +90,8 @@ def normals(lane: Tensor, key: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tens
         # so near an axis short polynomials are enough for float32, and three times as fast
         cos, sin = _polynomial(_COS, y * y), y * _polynomial(_SIN, y * y)
     swap, radius = v < 0, torch.where((v & 0x40000000) != 0, -radius, radius)
-    return radius * torch.where(swap, sin, cos), radius * torch.where(swap, cos, sin)
+    z, y = radius * torch.where(swap, sin, cos), radius * torch.where(swap, cos, sin)
+    return z.to(wanted), y.to(wanted)
 
 
 def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:

@@ -181,7 +181,7 @@ class Dense(Operator):
         d, m = self.G.shape[-2:]
         if d != m:
             raise NotElliptic(f"G is {d} x {m}, and only a square matrix has an inverse")
-        Gt = self.G.mT.expand(len(z), d, d)
+        Gt = self.G.mT.to(z.dtype).expand(len(z), d, d)
         solution, info = torch.linalg.solve_ex(Gt, z.flatten(1).unsqueeze(-1))
         if (info != 0).any():
             raise NotElliptic(f"G is singular for {int((info != 0).sum())} of {len(z)} states")
@@ -191,7 +191,7 @@ class Dense(Operator):
         return Dense(c * self.G)
 
     def logabsdet(self, x: State) -> Tensor:  # noqa: D102
-        return torch.linalg.slogdet(self.G).logabsdet.expand(len(x))
+        return torch.linalg.slogdet(self.G.to(x.dtype)).logabsdet.expand(len(x))
 
     def noise_shape(self, x: State) -> tuple[int, ...]:  # noqa: D102
         m = self.G.shape[-1]

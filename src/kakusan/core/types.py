@@ -16,6 +16,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from kakusan.errors import KakusanError
+
 State: TypeAlias = Tensor
 Time: TypeAlias = Tensor
 Field: TypeAlias = Callable[[State, Time], State]
@@ -56,7 +58,9 @@ def elapsed(t: Time, s: Time) -> float | Tensor:
 
 
 def advanced(x: State, v: State, h: float | Tensor) -> State:
-    """X + h v, in one pass over the state where h is a float."""
+    """X + h v, in one pass over the state where h is a float; v must be like x."""
+    if v.shape != x.shape:  # which could broadcast, and be something else than was meant
+        raise KakusanError(f"the drift is {tuple(v.shape)}, and the state {tuple(x.shape)}")
     return x + h.to(x.dtype) * v if isinstance(h, Tensor) else torch.add(x, v, alpha=h)
 
 

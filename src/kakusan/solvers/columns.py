@@ -92,8 +92,9 @@ def _squeeze(a: np.ndarray, dim: Any = None) -> np.ndarray:
 
 
 def _expand(a: np.ndarray, shape: list[int], implicit: bool = False) -> np.ndarray:
-    old = (1,) * (len(shape) - 1 - a.ndim) + a.shape
-    target = [o if s == -1 else s for s, o in zip(shape[1:], old, strict=True)]
+    if len(shape) != a.ndim + 1:
+        raise NoColumns("an expansion that moves the batch")
+    target = [o if s == -1 else s for s, o in zip(shape[1:], a.shape, strict=True)]
     return np.broadcast_to(a, target)
 
 
@@ -124,11 +125,17 @@ def _sum(
     a: np.ndarray, dim: list[int] | None = None, keepdim: bool = False, *, dtype: Any = None
 ) -> np.ndarray:
     axes = tuple(_axis(d, a.ndim + 1) for d in (dim if dim else range(a.ndim + 1)))
-    return _added(a, axes, keepdim)
+    # sums of booleans and integers are int64, as in torch
+    whole = not a.flat[0].is_floating_point()
+    kind = dtype or (torch.int64 if whole else None)
+    return _added(_each(lambda c: c.to(kind), a) if kind else a, axes, keepdim)
 
 
-def _mean(a: np.ndarray, dim: list[int], keepdim: bool = False) -> np.ndarray:
+def _mean(
+    a: np.ndarray, dim: list[int], keepdim: bool = False, *, dtype: Any = None
+) -> np.ndarray:
     axes = tuple(_axis(d, a.ndim + 1) for d in dim)
+    a = _each(lambda c: c.to(dtype), a) if dtype else a
     count = int(np.prod([a.shape[i] for i in axes]))
     return _each(lambda c: c / count, _added(a, axes, keepdim))
 
@@ -174,14 +181,23 @@ _LAYOUT = ("memory_format", "layout", "pin_memory", "device")
 
 
 def tidied(graph: fx.GraphModule) -> fx.GraphModule:
-    """The graph without what nothing uses, and without copies into tensors made for them."""
+    """The graph without what nothing uses, and without copies into tangents made for them."""
     for node in list(graph.graph.nodes):
-        if node.target is aten.copy_.default and len(node.args[0].users) == 1:
-            node.replace_all_uses_with(node.args[1])
-            graph.graph.erase_node(node)
+        if node.target is aten.copy_.default:
+            to, source = node.args[:2]
+            made = to.target is aten._new_zeros_with_same_feature_meta.default
+            like = isinstance(source, fx.Node) and _kind(to) == _kind(source)
+            if made and like and len(to.users) == 1:
+                node.replace_all_uses_with(source)
+                graph.graph.erase_node(node)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
+
+
+def _kind(node: fx.Node) -> Any:
+    value = node.meta.get("val", node.meta.get("tensor_meta"))
+    return None if value is None else (tuple(value.shape), value.dtype)
 
 
 class Columns(fx.Interpreter):
@@ -235,6 +251,8 @@ class Columns(fx.Interpreter):
     def _pointwise(self, target: Any, args: Any, kwargs: Any) -> Batch:
         ranks = [a.cells.ndim + 1 for a in args if isinstance(a, Batch)]
         ranks += [a.ndim for a in args if isinstance(a, Tensor)]
+        if any(isinstance(a, Batch) and a.cells.ndim + 1 < max(ranks) for a in args):
+            raise NoColumns("a broadcast that sets samples against coordinates")
         operands = [self._cells(a, max(ranks)) for a in args]
         shape = np.broadcast_shapes(*(o.shape for o in operands if isinstance(o, np.ndarray)))
         wide = [np.broadcast_to(o, shape) if isinstance(o, np.ndarray) else o for o in operands]

@@ -25,10 +25,10 @@ from torch import Tensor, fx
 
 from kakusan.core.counter import Counter, Sweep
 from kakusan.core.hashing import normals
-from kakusan.core.noise import Wants
+from kakusan.core.noise import Wants, generator
 from kakusan.core.types import State, tracing
 from kakusan.errors import KakusanError
-from kakusan.solvers.columns import Batch, Columns, NoColumns, cells, tidied
+from kakusan.solvers.columns import Batch, Columns, cells, tidied
 from kakusan.solvers.solve import Eager, Engine, Task
 
 # by the text and constants of a step: its compiled chunk, normal numbers, whether in columns
@@ -61,16 +61,22 @@ class Compiled(Engine):
             raise KakusanError(f"a chunk is a power of two of steps, got {self.chunk}")
 
     def run(self, task: Task, x: State) -> State:  # noqa: D102
+        if task.steps < 2 * self.chunk:  # a chunk may start late: too few steps to gain anything
+            return Eager().run(task, x)
         if torch.is_grad_enabled() and x.requires_grad:
             _say_once("Compiled computes no gradients, and the state asks for them")
             return Eager().run(task, x)
-        with torch.no_grad():
-            try:
+        learning = torch.is_grad_enabled()
+        try:
+            with torch.no_grad():
                 program = _Program(task, x, self)
-            except _CannotCompile as error:
-                _say_once(f"this process cannot be compiled ({error})")
-                return Eager().run(task, x)
-            return program.run(x)
+                if learning and program.learns:
+                    raise _CannotCompile("its parameters ask for gradients; torch.no_grad() says "
+                                         "that none are wanted")  # fmt: skip
+                return program.run(x)
+        except _CannotCompile as error:
+            _say_once(f"this process cannot be compiled ({error})")
+            return Eager().run(task, x)
 
 
 class _CannotCompile(Exception):
@@ -95,13 +101,16 @@ class _Program:
         aligned = self.lead == 0 and task.every % self.K == 0
         self.shows = task.keep or (task.on_step is not None and not aligned)
         self.step = self._traced(x)
+        constants = (getattr(self.step, n.target) for n in self.step.graph.nodes
+                     if n.op == "get_attr")  # fmt: skip
+        self.learns = any(c.requires_grad for c in constants)
         self.few = x[0].numel() <= engine.columns
         self.narrow = False
         self.chunk, self.draw = self._compiled(x)
 
     def _sweep(self) -> Sweep | None:
         task = self.task
-        if task.shape is None or not isinstance(task.noise, Counter) or task.steps < self.K:
+        if task.shape is None or not isinstance(task.noise, Counter) or self.K == 1:
             return None
         sweep = Sweep(task.noise, task.method.wants, task.times, self.K)
         return sweep if sweep.fits else None
@@ -141,13 +150,34 @@ class _Program:
         return (dw, dw.clone()) if self.pairs else dw
 
     def _fits_columns(self, x: State) -> bool:
-        """Whether the step can be written in columns."""
-        dw = [Batch(cells(d)) for d in _flat(self._example_noise(x))]
+        """Whether the step can be written in columns, and comes to the same."""
+        return self._agrees(x, lambda given: self._in_columns(len(x), given))
+
+    def _in_columns(self, B: int, given: list[Any]) -> Tensor:
+        x, t, s, *dw = given
+        columns = (Batch(cells(d)) for d in dw)
+        return Columns(self.step, B).run(Batch(cells(x)), t, s, *columns).tensor(B)
+
+    def _agrees(self, x: State, run: Callable) -> bool:
+        """Whether a way to run the step gives at another place what the method gives there.
+
+        A trace keeps as constants what it cannot see: values that went through NumPy, say.
+        """
+        source, points = generator(0, device=x.device), self.task.points
+        some = x.new_empty(x.shape).normal_(generator=source)
+        y, dw = x * (1 + 0.05 * some) + 0.01 * some, self._example_noise(x)
+        for d in _flat(dw):
+            d.normal_(0, 0.1, generator=source)
+        method, (t, s) = self.task.method, points[-2:]
         try:
-            Columns(self.step, len(x)).run(Batch(cells(x)), *self.task.points[:2], *dw)
-        except NoColumns:
+            found = run([y, t, s, *_flat(dw)])
+        except Exception:  # noqa: BLE001 - whatever stops it, it is no way to run the step
             return False
-        return True
+        truth, _ = method.step(self.task.sde, y, t, s, dw, self.state)
+        near = 1e-9 if x.dtype == torch.float64 else 1e-3
+        return found.dtype == truth.dtype and torch.allclose(
+            found, truth, rtol=near, atol=near, equal_nan=True
+        )
 
     def _compiled(self, x: State) -> tuple[Callable, Callable]:
         sweep, task = self.sweep, self.task
@@ -158,6 +188,8 @@ class _Program:
         if key not in _PROGRAMS:
             if len(_PROGRAMS) >= _KEPT:
                 _PROGRAMS.clear()
+            if not self._agrees(x, lambda given: self.step(*given)):
+                raise _CannotCompile("a trace of one step does not repeat it elsewhere")
             self.narrow = self.few and self._fits_columns(x)
             _PROGRAMS[key] = (*self._compile(x), self.narrow)
         run, draw, self.narrow = _PROGRAMS[key]
@@ -210,7 +242,7 @@ class _Program:
     def pack(self, x: Tensor) -> list[Tensor]:
         """A state, or increments, as the chunk takes them."""
         if not self.narrow:
-            return [x]
+            return [x.contiguous()]
         return [c.contiguous() for c in x.reshape(len(x), -1).unbind(1)]
 
     def unpack(self, parts: list[Tensor], shape: Any) -> Tensor:

@@ -122,9 +122,8 @@ class Task:
     def _watched(self, call: Callable, x: State, *rest: Any) -> Any:
         try:
             return call(self.sde, x, *rest)
-        except (RuntimeError, ValueError, IndexError) as error:
-            if not isinstance(error, KakusanError):
-                _check_shapes(self, x)
+        except (RuntimeError, ValueError, IndexError):
+            _check_shapes(self, x)
             raise
 
     def step(self, k: int, x: State, dw: Any, state: Any) -> tuple[State, Any]:
@@ -271,6 +270,12 @@ def _noise_shape(sde: SDE, x: State, grid: Tensor) -> tuple[int, ...] | None:
             f"diffusion(x, t) gives a {type(G).__name__}, not an operator: wrap it in Scale(g) "
             "for one number, Diagonal(g) for one a coordinate, Dense(G) for matrices (B, d, m)"
         )
+    for t in (grid[len(grid) // 2], grid[-2]):
+        if sde.diffusion(x, t).deterministic != G.deterministic:
+            raise KakusanError(
+                f"G is Zero at some times (t={grid[0].item():g} or t={t.item():g}) and not at "
+                "others; where noise comes and goes, Scale(0.0) says that there is none"
+            )
     if G.deterministic:
         return None
     _check_arrow(sde, grid)
