@@ -247,11 +247,16 @@ def check(
 
     Example:  kakusan check swirl rotation=2
     """
+    import torch
+
     from kakusan import catalogue, certification, launch, simulation
 
     sde, known = simulation.resolve(process, words), catalogue.methods()
     solver = known[catalogue.named(method, known, "method")]()
-    starts = None if start is None else launch.read_start(start, sde)
+    # as simulate reads and refuses them
+    states = None if start is None else launch.read_start(start, sde)
+    starts = launch.starts_of(sde, states, torch.float64)
+    starts = starts if len(starts) > 1 else starts[0]  # one state, not draws of one
     found = certification.certify(
         sde, starts, solver, learn=learn, seed=seed, quiet=quiet or as_json
     )
@@ -366,6 +371,8 @@ def _run(args: list[str] | None) -> int:
         return _fail("stopped by Ctrl-C", 130) if code == 130 else code
     except Stopped as error:
         return _fail(str(error), 130)
+    except SystemExit as error:  # not ours: nothing here ends the program so
+        return _fail(f"the process of yours ended the program ({error!r})", 1)
     except typer.TyperException as error:
         return _fail(_typer_sentence(error), error.exit_code)
     except UsageError as error:

@@ -223,6 +223,9 @@ def read_start(text: str, sde: SDE) -> Tensor:
             raise UsageError(
                 f"a start is numbers, as 0.5 or 1,2, or a file .npy, .npz or .csv; got {text!r}"
             ) from None
+    if found.dtype.kind not in "fiub" or not found.size:
+        what = "no state" if not found.size else f"{found.dtype} and not real numbers"
+        raise UsageError(f"there is {what} in {text}")
     own = own_start(sde)
     d = own.numel() if isinstance(own, Tensor) else None
     if isinstance(own, Tensor) and found.shape == own.shape:
@@ -230,8 +233,6 @@ def read_start(text: str, sde: SDE) -> Tensor:
     elif found.ndim < 2:
         found = found.reshape(-1, 1) if d in (1, None) else found.reshape(1, -1)
     found = found.reshape(len(found), -1)
-    if not found.size:
-        raise UsageError(f"there is no state in {text}")
     return torch.from_numpy(found.astype(np.float64))
 
 

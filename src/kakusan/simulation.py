@@ -355,7 +355,8 @@ def write_arrays(found: Ensemble, path: Path) -> Path:
     """
     arrays = {
         "times": found.times, "paths": found.paths, "quantiles": found.quantiles,
-        "levels": torch.tensor(found.request.quantiles), "mean": found.mean, "std": found.std,
+        "levels": torch.tensor(found.request.quantiles, dtype=torch.float64),
+        "mean": found.mean, "std": found.std,
         "exact_mean": found.exact_mean, "exact_std": found.exact_std,
     }  # fmt: skip
     given = {k: v.numpy() for k, v in arrays.items() if v is not None}
@@ -374,7 +375,8 @@ def write_table(found: Ensemble, path: Path) -> Path:
         "path": np.repeat(np.arange(P), T),
         "t": np.tile(found.times.numpy(), P),
     }
-    flat = found.paths.reshape(T, P, -1).transpose(0, 1).reshape(T * P, -1).numpy()
+    each = math.prod(found.paths.shape[2:])
+    flat = found.paths.reshape(T, P, each).transpose(0, 1).reshape(T * P, each).numpy()
     columns |= {name: flat[:, i] for i, name in enumerate(found.names)}
     table = pa.table(columns)
     with files.whole(path) as draft, draft.open("wb") as handle:

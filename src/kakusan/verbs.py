@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -111,7 +113,9 @@ def simulate(
     from kakusan import catalogue, launch, simulation
 
     sde = simulation.resolve(process, words)
-    name = process if ":" in process else catalogue.kebab(type(sde).__name__)
+    # a process of the user's is told by what was asked for, one with a name by its fields
+    asked = " ".join([process, *(words or [])])
+    name = asked if ":" in process else catalogue.kebab(type(sde).__name__)
     states = None if start is None else launch.read_start(start, sde)
     rows = 0 if states is None else len(states)
     request = simulation.Request(
@@ -127,9 +131,11 @@ def _simulate(
 ) -> None:
     from kakusan import charts, launch, simulation
 
-    places = simulation.places(out, name.split(":")[-1])  # refused before the work
+    places = simulation.places(out, name.split(":")[-1].split(" ")[0])  # refused before the work
     try:
-        found = simulation.simulate(sde, request, name, quiet or as_json)
+        # what the process prints is not part of the answer
+        with contextlib.redirect_stdout(sys.stderr):
+            found = simulation.simulate(sde, request, name, quiet or as_json)
     except UsageError:
         raise
     except KakusanError as error:
@@ -138,11 +144,21 @@ def _simulate(
                "picture": charts.draw}  # fmt: skip
     made = {kind: str(writers[kind](found, place)) for kind, place in places.items()}
     if as_json:
-        print(json.dumps({**found.about(), "seconds": found.seconds, "end": found.end, **made}))
+        answer = {**found.about(), "seconds": found.seconds, "end": found.end, **made}
+        print(json.dumps(_finite(answer), allow_nan=False))
         return
     print(summary(found))
     for kind, place in made.items():
         print(f"  {kind:10}{place}")
+
+
+def _finite(tree: Any) -> Any:
+    """The same with null for numbers that JSON does not have."""
+    if isinstance(tree, dict):
+        return {k: _finite(v) for k, v in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_finite(v) for v in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 def _list(as_json: bool) -> None:

@@ -69,11 +69,11 @@ def _joined(left: Value, h_left: float, right: Value, h_right: float) -> Value:
 
 
 class Counter(Noise):
-    """One Brownian path per seed, at any times and in any order, at the price of fresh numbers.
+    """One Brownian path per seed, at any times and in any order.
 
     Sample i of a seed has the same path in every batch. Equal steps that are `cell` times a power
-    of two, at multiples of themselves, are fast; any other times are right as well, but each costs
-    up to forty hashes instead of one.
+    of two, at multiples of themselves, cost one hash each, and in `Compiled` steps less than fresh
+    numbers; any other times are right as well, but each costs dozens of hashes.
 
     Arguments:
         seed: The seed.
