@@ -205,7 +205,10 @@ class _Program:
             drawn = self.drawn(self.lead, x, None)
             example: Any = (times, parts, drawn)
             with tracing():
-                graph = make_fx(_flattened(self._chain(len(x)), example))(*_leaves(example))
+                # without the numbers: a chain of real tensors would keep all of them alive
+                trace = make_fx(_flattened(self._chain(len(x)), example), tracing_mode="fake",
+                                _allow_non_fake_inputs=True)  # fmt: skip
+                graph = trace(*_leaves(example))
             # straight to the compiler: the guards of torch.compile cost more than a small chunk
             run: Any = _inductor.compile(graph, _leaves(example), options=_OPTIONS)
             run(*_leaves(example))  # a machine without a compiler says so here
@@ -254,7 +257,8 @@ class _Program:
         if not self.narrow:
             return parts[0]
         array = np.empty(len(parts), dtype=object)
-        array[:] = parts
+        for i, part in enumerate(parts):
+            array[i] = part
         return Batch(array.reshape(shape[1:]))
 
     def parts(self, value: Any) -> list[Tensor]:
