@@ -22,7 +22,8 @@ from kakusan import (
     solve,
 )
 from kakusan.core import grids
-from kakusan.objectives.local import Local, Skorokhod, Variation, _inverse, _times, reached
+from kakusan.objectives.local import Local, Skorokhod, Variation, _inverse, reached
+from kakusan.objectives.steps import times
 from kakusan.processes.zoo.mechanics import DoubleWell, Underdamped
 from problems import F64, Reversible
 
@@ -84,7 +85,7 @@ def worst(x, S, seed=5):
 
 def naive(sde, path, at, monkeypatch):
     """The Itô sum -UᵀZ without its divergence."""
-    plain = lambda v, steps: -_times(_inverse(v.gamma, steps), v.JZ)  # noqa: E731
+    plain = lambda v, steps: -times(_inverse(v.gamma, steps), v.JZ)  # noqa: E731
     with monkeypatch.context() as m:
         m.setattr(Variation, "target", plain)
         return Skorokhod()(sde, path, at)
