@@ -47,6 +47,10 @@ class Operator(abc.ABC):
         """G⁻ᵀ z; raises `NotElliptic` where G has no inverse."""
 
     @abc.abstractmethod
+    def solve(self, v: State) -> Tensor:
+        """The shortest z with G z = v; raises `NotElliptic` where there is none."""
+
+    @abc.abstractmethod
     def scaled(self, c: float) -> Operator:
         """The operator c G."""
 
@@ -87,6 +91,11 @@ class Zero(Operator):
     def tsolve(self, z: Tensor) -> State:  # noqa: D102
         raise NotElliptic("this SDE has no noise (G = 0), so G has no inverse")
 
+    def solve(self, v: State) -> Tensor:  # noqa: D102
+        if (v != 0).any():
+            raise NotElliptic("this SDE has no noise (G = 0), which reaches no state but 0")
+        return torch.zeros_like(v)
+
     def scaled(self, c: float) -> Zero:  # noqa: D102
         return self
 
@@ -122,6 +131,16 @@ class Scale(Operator):
         if (self.g == 0).any():
             raise NotElliptic(f"G = {self.g.tolist()} is zero, so it has no inverse")
         return z / self._beside(z)
+
+    def solve(self, v: State) -> Tensor:  # noqa: D102
+        g = self._beside(v)
+        unreached = ((g == 0) & (v != 0)).flatten(1).any(1)
+        if unreached.any():
+            raise NotElliptic(
+                f"G is zero where a vector is not, for {int(unreached.sum())} of {len(v)} states: "
+                "no noise reaches them"
+            )
+        return torch.where(g == 0, torch.zeros_like(v), v / g)
 
     def scaled(self, c: float) -> Scale:  # noqa: D102
         return type(self)(c * self.g)
@@ -186,6 +205,21 @@ class Dense(Operator):
         if (info != 0).any():
             raise NotElliptic(f"G is singular for {int((info != 0).sum())} of {len(z)} states")
         return solution.squeeze(-1).reshape(z.shape)
+
+    def solve(self, v: State) -> Tensor:  # noqa: D102
+        d, m = self.G.shape[-2:]
+        G, u = self.G.to(v.dtype).expand(len(v), d, m), v.flatten(1).unsqueeze(-1)
+        z, info = torch.linalg.solve_ex(G, u) if d == m else (None, None)
+        if z is None or (info != 0).any():
+            z = torch.linalg.pinv(G) @ u
+            near = torch.finfo(v.dtype).eps ** 0.5 * u.norm(dim=1)
+            unreached = (G @ z - u).norm(dim=1) > near
+            if unreached.any():
+                raise NotElliptic(
+                    f"G is {d} x {m}, and its columns do not reach the vector wanted for "
+                    f"{int(unreached.sum())} of {len(v)} states"
+                )
+        return z.reshape(v.shape if d == m else (len(v), m))
 
     def scaled(self, c: float) -> Dense:  # noqa: D102
         return Dense(c * self.G)
