@@ -71,8 +71,8 @@ class Denoiser(nn.Module):
     """A network for a linear SDE: called, it returns E[x_0 | x_t].
 
     Arguments:
-        net: A network (x, level, label) -> like x; the level is atan2(sigma, alpha s) over pi/2,
-            in [0, 1].
+        net: A network (x, level, label) -> like x, or with twice its channels where it also learns
+            a spread; the level is atan2(sigma, alpha s) over pi/2, in [0, 1].
         process: The forward process.
         predict: What the network's output means: a row of the table above.
         data_std: The standard deviation s of the data.
@@ -103,30 +103,36 @@ class Denoiser(nn.Module):
 
     def raw(self, x: State, t: Time, label: Tensor | None = None) -> Tensor:
         """The network's own output F, on its input brought to unit variance."""
-        return self._raw(*self.process.coefficients(t), x, t, label)
+        return self._raw(*self.process.coefficients(t), x, t, label)[0]
 
     def _raw(
         self, alpha: Number, sigma: Number, x: State, t: Time, label: Tensor | None
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
+        """F and the spread, which is None where the network has no second half."""
         signal = alpha * self.data_std
         level = _level(sigma, signal, t)
-        return self.net(_times(1 / _hypot(sigma, signal), x), level, label)
+        out = self.net(_times(1 / _hypot(sigma, signal), x), level, label)
+        if x.ndim > 1 and out.shape[1] == 2 * x.shape[1]:
+            F, spread = out.chunk(2, 1)
+            return F, spread
+        return out, None
 
     def view(self, a: Number, b: Number, x: State, t: Time, label: Tensor | None = None) -> State:
         """The estimate of a x_0 + b eps: (a, b) = (1, 0) denoises, (0, 1) finds the noise."""
-        return self._view(a, b, *self.process.coefficients(t), x, t, label)
+        return self._view(a, b, *self.process.coefficients(t), x, t, label)[0]
 
     def _view(
         self, a: Number, b: Number, alpha: Number, sigma: Number,
         x: State, t: Time, label: Tensor | None,
-    ) -> State:  # fmt: skip
+    ) -> tuple[State, Tensor | None]:  # fmt: skip
         p, q = self.row(alpha, sigma)
         det = alpha * q - sigma * p
-        F = self._raw(alpha, sigma, x, t, label).to(x.dtype)
+        F, spread = self._raw(alpha, sigma, x, t, label)
+        F = F.to(x.dtype)
         from_x, from_F = (a * q - b * p) / det, (b * alpha - a * sigma) / det
         if isinstance(from_x, float) and abs(from_x) < ROUNDING:
-            return _times(from_F, F)  # the network predicts just what is asked
-        return _times(from_x, x).add(_times(from_F, F))
+            return _times(from_F, F), spread  # the network predicts just what is asked
+        return _times(from_x, x).add(_times(from_F, F)), spread
 
     def forward(self, x: State, t: Time, label: Tensor | None = None) -> State:
         """E[x_0 | x_t = x], with the shape of x; t is () or (B,)."""
@@ -138,6 +144,12 @@ class Denoiser(nn.Module):
 
     def velocity(self, x: State, t: Time, label: Tensor | None = None) -> State:
         """E[cos(phi) eps - sin(phi) x_0 | x_t = x], the angular velocity of the flow."""
+        return self.velocity_and_spread(x, t, label)[0]
+
+    def velocity_and_spread(
+        self, x: State, t: Time, label: Tensor | None = None
+    ) -> tuple[State, Tensor | None]:
+        """The velocity, and the network's second half like x where it has one, in one look."""
         alpha, sigma = self.process.coefficients(t)
         return self._view(*_v(alpha, sigma, 1.0), alpha, sigma, x, t, label)
 

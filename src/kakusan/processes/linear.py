@@ -85,8 +85,11 @@ class LinearSDE(SDE):
         return torch.atan2(self.sigma(t), self.alpha(t))
 
     def time_of_angle(self, phi: Tensor) -> Time:
-        """The time at which `angle` is phi, by bisection to the last digits; phi is clipped."""
-        phi = as_time(phi)
+        """The time at which `angle` is phi, between 0 and the end of the span."""
+        return self._time_of_angle(as_time(phi)).clamp(0, self.span[1])
+
+    def _time_of_angle(self, phi: Tensor) -> Time:
+        """By bisection to the last digits; processes that can be solved for t do that."""
         lo, hi = torch.zeros_like(phi), torch.full_like(phi, self.span[1])
         for _ in range(60):
             mid = (lo + hi) / 2
@@ -180,6 +183,14 @@ class VP(LinearSDE):
     def sigma(self, t: Time) -> Tensor:  # noqa: D102
         return self.variance(t).sqrt()
 
+    def _time_of_angle(self, phi: Tensor) -> Time:
+        return self._time_of_integral(-torch.log1p(-(torch.sin(phi) ** 2)))
+
+    def _time_of_integral(self, B: Tensor) -> Time:
+        """The root t of beta_min t + (beta_max - beta_min) t² / 2 = B, without cancellation."""
+        slope = self.beta_max - self.beta_min
+        return 2 * B / (self.beta_min + (self.beta_min**2 + 2 * slope * B).sqrt())
+
     @staticmethod
     def from_betas(betas: Sequence[float] | Tensor) -> DDPM:
         """DDPM with this table of betas, as the VP process that meets it at its knots.
@@ -226,6 +237,11 @@ class DDPM(LinearSDE):
     def sigma(self, t: Time) -> Tensor:  # noqa: D102
         return self.variance(t).sqrt()
 
+    def _time_of_angle(self, phi: Tensor) -> Time:
+        table, wanted = -self._log_alpha2.to(phi.device), -torch.log1p(-(torch.sin(phi) ** 2))
+        i = torch.searchsorted(table, wanted, right=True).clamp(1, len(self.betas)) - 1
+        return (i + (wanted - table[i]) / (table[i + 1] - table[i])) / len(self.betas)
+
     def knots(self, n: int | None = None) -> Tensor:
         """The chain's own times from noise to data, or n + 1 of them, evenly spread."""
         N = len(self.betas)
@@ -245,6 +261,10 @@ class SubVP(VP):
     def variance(self, t: Time) -> Tensor:  # noqa: D102
         return self.sigma(t) ** 2
 
+    def _time_of_angle(self, phi: Tensor) -> Time:
+        # tan phi = 1/alpha - alpha, so log alpha = -asinh(tan(phi) / 2)
+        return self._time_of_integral(2 * torch.asinh(torch.tan(phi) / 2))
+
 
 @dataclass(frozen=True)
 class VE(LinearSDE):
@@ -263,6 +283,10 @@ class VE(LinearSDE):
     def sigma(self, t: Time) -> Tensor:  # noqa: D102
         return self.variance(t).sqrt()
 
+    def _time_of_angle(self, phi: Tensor) -> Time:
+        growth = torch.log1p((torch.tan(phi) / self.sigma_min) ** 2)
+        return growth / (2 * math.log(self.sigma_max / self.sigma_min))
+
 
 @dataclass(frozen=True)
 class Cosine(LinearSDE):
@@ -279,6 +303,9 @@ class Cosine(LinearSDE):
     def sigma(self, t: Time) -> Tensor:  # noqa: D102
         return torch.sin(t * (math.pi / 2))
 
+    def _time_of_angle(self, phi: Tensor) -> Time:
+        return phi / (math.pi / 2)
+
 
 @dataclass(frozen=True)
 class Rectified(LinearSDE):
@@ -292,6 +319,9 @@ class Rectified(LinearSDE):
     def sigma(self, t: Time) -> Tensor:  # noqa: D102
         return t * torch.ones_like(t)
 
+    def _time_of_angle(self, phi: Tensor) -> Time:
+        return torch.sin(phi) / (torch.sin(phi) + torch.cos(phi))
+
 
 @dataclass(frozen=True)
 class EDM(LinearSDE):
@@ -304,6 +334,9 @@ class EDM(LinearSDE):
 
     def sigma(self, t: Time) -> Tensor:  # noqa: D102
         return t * torch.ones_like(t)
+
+    def _time_of_angle(self, phi: Tensor) -> Time:
+        return torch.tan(phi)
 
 
 def angle_grid(process: LinearSDE, start: float, end: float, n: int, rho: float = 1.0) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,15 +12,22 @@ from kakusan.errors import UsageError
 from kakusan.models.denoiser import Denoiser
 from kakusan.models.nets.mlp import MLP
 from kakusan.models.nets.unet import UNet, unet_defaults
-from kakusan.objectives import matching
-from kakusan.processes import linear
+from kakusan.objectives import chain, decoders, matching, variational
+from kakusan.processes import betas, linear
 from kakusan.training.config import Config, ModelConfig, ObjectiveConfig, ProcessConfig, Section
+from kakusan.training.data.codecs import Codec
 
 WEIGHTS = {
     "uniform": matching.Uniform,
     "likelihood": matching.Likelihood,
     "snr": matching.SNR,
     "edm": matching.Karras,
+}
+TABLES = {"linear": betas.linear, "cosine": betas.cosine, "sigmoid": betas.sigmoid}
+KNOTS = {
+    "uniform": variational.Knots,
+    "stratified": variational.StratifiedKnots,
+    "importance": variational.WeightedKnots,
 }
 
 
@@ -45,14 +53,31 @@ def process(config: ProcessConfig) -> linear.LinearSDE:
         case "rectified":
             return linear.Rectified()
         case "ddpm":
-            # the usual 1000-step table, stretched so that any length ends in the same noise
-            first, last = (min(b * 1000 / c.steps, 0.999) for b in (1e-4, 2e-2))
-            betas = torch.linspace(first, last, c.steps, dtype=torch.float64)
-            return linear.VP.from_betas(betas)
+            return linear.VP.from_betas(TABLES[c.table](c.steps))
 
 
-def objective(config: ObjectiveConfig) -> matching.Denoising:
-    """The loss."""
+def objective(
+    config: ObjectiveConfig,
+    variance: str = "fixed",
+    last: decoders.Decoder | None = None,
+) -> matching.Denoising:
+    """The loss.
+
+    Arguments:
+        config: Which, and how its times are drawn.
+        variance: That of the reverse steps, fixed or learned.
+        last: For the bound, log p(x_0 | x_1); `decoder` gives it.
+    """
+    if config.loss != "denoising":
+        knots = KNOTS[config.times]()
+        spread = chain.Interpolated() if variance == "learned" else chain.Small()
+        match config.loss:
+            case "simple":
+                return variational.Simple(knots)
+            case "vlb":
+                return variational.Variational(spread, last, knots)
+            case "hybrid":
+                return variational.Hybrid(variance=spread, decoder=last, times=knots)
     weight = WEIGHTS[config.weight]()
     times: dict[str, matching.Times] = {
         "uniform": matching.UniformTimes(),
@@ -61,6 +86,50 @@ def objective(config: ObjectiveConfig) -> matching.Denoising:
         "importance": matching.Importance(weight),
     }
     return matching.Denoising(weight, times[config.times])
+
+
+def decoder(codec: Codec, dequantise: str = "none") -> decoders.Decoder:
+    """Log p(x_0 | x_1) for data of a codec: of levels where they are integers, else a density."""
+    cells = codec.cells
+    if dequantise != "none" or not bool((cells > 0).any()):
+        return decoders.GaussianDecoder()
+    # pixels end at -1 and 1; whole numbers of a table end nowhere
+    end = 1.0 if codec.kind == "images" else math.inf
+    return decoders.DiscretisedGaussian(cells, -end, end)
+
+
+def check(config: Config) -> None:
+    """Refuses losses, variances and times that do not go together, and what a net has not."""
+    loss, learned = config.objective.loss, config.model.variance == "learned"
+    if config.model.fourier and config.model.net == "mlp":
+        raise UsageError(
+            f"model.fourier={config.model.fourier} is for model.net=unet; mlp has no such inputs"
+        )
+    if learned and config.process.name != "ddpm":
+        raise UsageError(
+            "model.variance=learned is that of the steps of a chain, which needs "
+            f"process.name=ddpm; got process.name={config.process.name}"
+        )
+    if learned and loss in ("denoising", "simple"):
+        raise UsageError(
+            f"objective.loss={loss} teaches no variance; with model.variance=learned use "
+            "objective.loss=hybrid or vlb"
+        )
+    if loss == "hybrid" and not learned:
+        raise UsageError(
+            "objective.loss=hybrid teaches the variance, and model.variance=fixed has none to "
+            "teach; set model.variance=learned, or objective.loss=simple"
+        )
+    if loss != "denoising" and config.objective.weight != "uniform":
+        raise UsageError(
+            f"objective.weight={config.objective.weight} belongs to objective.loss=denoising; the "
+            f"weights of objective.loss={loss} are its own"
+        )
+    if loss != "denoising" and config.objective.times not in KNOTS:
+        raise UsageError(
+            f"objective.times={config.objective.times} draws between the knots of a chain, where "
+            f"objective.loss={loss} is not defined; use {', '.join(KNOTS)}"
+        )
 
 
 def resolved(config: Config, shape: tuple[int, ...]) -> Config:
@@ -98,8 +167,9 @@ def _open(section: Section, defaults: dict[str, Any]) -> dict[str, Any]:
 def network(config: ModelConfig, shape: tuple[int, ...], classes: int) -> nn.Module:
     """The network, from a resolved configuration."""
     assert config.width and config.blocks, "resolve the configuration first"
+    outputs = 2 if config.variance == "learned" else 1
     if config.net == "mlp":
-        return MLP(shape, config.width, config.blocks, classes, config.dropout)
+        return MLP(shape, config.width, config.blocks, classes, config.dropout, outputs)
     return UNet(
         shape[0],
         (shape[1], shape[2]),
@@ -109,11 +179,14 @@ def network(config: ModelConfig, shape: tuple[int, ...], classes: int) -> nn.Mod
         config.attention,
         classes,
         config.dropout,
+        outputs * shape[0],
+        fourier=tuple(config.fourier),
     )
 
 
 def denoiser(config: Config, shape: tuple[int, ...], classes: int, data_std: float) -> Denoiser:
     """The network with its meaning; its first weights are a function of the seed."""
+    check(config)
     kind, ends = config.model.predict, config.process.name
     if kind in ("epsilon", "score") and ends in ("cosine", "rectified"):
         raise UsageError(

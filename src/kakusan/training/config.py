@@ -53,6 +53,10 @@ class DataConfig(Section):
     column: str = Field(default="image", description="hub data sets: the column to learn")
     streaming: bool = Field(default=False, description="hub data sets: read while training")
     limit: int | None = Field(default=None, ge=2, description="use only the first so many samples")
+    dequantise: Literal["none", "uniform"] = Field(
+        default="none",
+        description="uniform noise over the cell of each whole number: for likelihoods",
+    )
 
 
 class ProcessConfig(Section):
@@ -63,7 +67,10 @@ class ProcessConfig(Section):
     beta_max: float = Field(default=20.0, gt=0, description="vp, subvp")
     sigma_min: float = Field(default=0.002, gt=0, description="ve, edm")
     sigma_max: float = Field(default=80.0, gt=0, description="ve, edm")
-    steps: int = Field(default=1000, ge=1, description="ddpm: length of the linear beta table")
+    steps: int = Field(default=1000, ge=1, description="ddpm: length of the table of betas")
+    table: Literal["linear", "cosine", "sigmoid"] = Field(
+        default="linear", description="ddpm: the table of betas"
+    )
 
     @model_validator(mode="after")
     def _rising(self) -> ProcessConfig:
@@ -80,6 +87,9 @@ class ModelConfig(Section):
 
     net: Literal["auto", "unet", "mlp"] = "auto"
     predict: Literal["v", "epsilon", "x0", "edm", "score", "flow"] = "v"
+    variance: Literal["fixed", "learned"] = Field(
+        default="fixed", description="of reverse steps: learned takes twice the output channels"
+    )
     width: int | None = Field(default=None, ge=8, description="channels (unet) or units (mlp)")
     multipliers: list[PositiveInt] | None = Field(
         default=None, min_length=1, description="unet: channels per level / width"
@@ -88,6 +98,9 @@ class ModelConfig(Section):
         default=None, ge=1, description="unet: residual blocks per level; mlp: layers"
     )
     attention: int = Field(default=8, ge=0, description="unet: self-attention at sides up to this")
+    fourier: list[int] = Field(
+        default=[], description="unet: sines of 2^n pi x beside x; 7,8 for likelihoods of 8 bits"
+    )
     dropout: float = Field(default=0.0, ge=0, lt=1)
     labels: Literal["auto", "none"] = Field(
         default="auto", description="condition on labels where known"
@@ -98,8 +111,11 @@ class ModelConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    """The loss: denoising score matching with a weight over time."""
+    """The loss: denoising score matching with a weight over time, or the bound of a chain."""
 
+    loss: Literal["denoising", "simple", "vlb", "hybrid"] = Field(
+        default="denoising", description="the last three are DDPM's, on the knots of the chain"
+    )
     weight: Literal["uniform", "likelihood", "snr", "edm"] = "uniform"
     times: Literal["uniform", "stratified", "lognormal", "importance"] = "stratified"
 

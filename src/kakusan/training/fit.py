@@ -31,14 +31,15 @@ from kakusan.objectives.matching import Denoising
 from kakusan.training import checkpoint as ckpt
 from kakusan.training import files
 from kakusan.training.batches import batches
-from kakusan.training.build import objective
+from kakusan.training.build import decoder, objective
 from kakusan.training.config import Config, TrainConfig
 from kakusan.training.data import Data, statistics
+from kakusan.training.data.codecs import whole_cells
 from kakusan.training.ema import Average
 from kakusan.training.placement import arrange, arranged, device_of, placed, precision
 from kakusan.training.progress import progress
 
-NOISE, TIMES, LABELS, DROPOUT = 2, 3, 4, 5  # separate the uses of one seed
+NOISE, TIMES, LABELS, DROPOUT, CELLS = 2, 3, 4, 5, 12  # separate the uses of one seed
 
 
 class Interrupted(KeyboardInterrupt):
@@ -67,6 +68,7 @@ class Work(NamedTuple):
     average: Average[Denoiser]
     optimizer: torch.optim.Optimizer
     first: int
+    cells: Tensor | None
 
 
 def fit(
@@ -137,7 +139,9 @@ def _prepare(config: Config, model: Denoiser, data: Data, resume: ckpt.Checkpoin
     size, lr = config.train.pace
     x, _ = next(batches(data.train, size, config.seed, 0))
     config = _with(config, config.train.model_copy(update={"device": str(device)}))
-    x, goal = x.to(device), objective(config.objective)
+    x = x.to(device)
+    last = decoder(data.codec, config.data.dequantise)
+    goal = objective(config.objective, config.model.variance, last)
 
     def descend(way: TrainConfig) -> None:
         _backward(_with(config, way), goal, model, arranged(x, way.layout), None, 0)
@@ -157,7 +161,8 @@ def _prepare(config: Config, model: Denoiser, data: Data, resume: ckpt.Checkpoin
         first = resume.step
     if train.compile:
         model.net.compile()  # type: ignore[operator]
-    return Work(config, goal, model, average, optimizer, first)
+    cells = whole_cells(data.codec).to(x) if config.data.dequantise == "uniform" else None
+    return Work(config, goal, model, average, optimizer, first, cells)
 
 
 def _own_dropout(config: Config) -> AbstractContextManager:
@@ -178,7 +183,12 @@ def _descend(work: Work, x: Tensor, label: Tensor | None, step: int) -> Tensor:
     if work.config.model.dropout:
         # dropout draws from the global generator: give it the step's own stream
         torch.manual_seed(mix(work.config.seed, DROPOUT, step))
-    x = arranged(x.to(device, non_blocking=True), train.layout)
+    x = x.to(device, non_blocking=True)
+    if work.cells is not None:
+        # uniform over the cell of each whole number: integers have no density of their own
+        u = Keyed(work.config.seed, stream=CELLS).uniform(step, tuple(x.shape), x)
+        x = x + (u - 0.5) * work.cells
+    x = arranged(x, train.layout)
     if label is not None:
         used = work.config.model.labels != "none"
         label = label.to(device, non_blocking=True) if used else None

@@ -46,6 +46,8 @@ class MLP(nn.Module):
         depth: The number of residual blocks, of two layers each.
         classes: The number of labels; 0 is a network without labels.
         dropout: The share of hidden units dropped in training.
+        outputs: Numbers out for each number in: with 2 the first axis of the result is twice as
+            long, and its second half is the spread (see `models.denoiser`).
 
     Example:
         >>> MLP((2,))(torch.randn(5, 2), torch.rand(5)).shape
@@ -59,16 +61,17 @@ class MLP(nn.Module):
         depth: int = 4,
         classes: int = 0,
         dropout: float = 0.0,
+        outputs: int = 1,
     ) -> None:
         super().__init__()
-        self.shape, self.depth = tuple(shape), depth
+        self.shape, self.depth, self.outputs = tuple(shape), depth, outputs
         size = math.prod(self.shape)
         self.condition = Condition(min(width, 128) // 2 * 2, classes)
         # the modulations of all blocks in one product
         self.modulation = nn.Linear(self.condition.dim, 2 * depth * width)
         self.first = nn.Linear(size, width)
         self.blocks = nn.ModuleList(Block(width, dropout) for _ in range(depth))
-        self.last = nn.Linear(width, size)
+        self.last = nn.Linear(width, outputs * size)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
@@ -81,7 +84,7 @@ class MLP(nn.Module):
             label: Class indices, shape (B,); -1, and None for all, mean "no label".
 
         Returns:
-            A tensor like x.
+            A tensor like x, with `outputs` times as many entries along its first axis.
         """
         condition = self.condition(t, label, len(x))
         modulation = self.modulation(condition).chunk(2 * self.depth, dim=-1)
@@ -89,4 +92,4 @@ class MLP(nn.Module):
         for i, block in enumerate(self.blocks):
             h = block(h, modulation[2 * i], modulation[2 * i + 1])
         h = F.silu(F.layer_norm(h, (h.shape[-1],)))
-        return self.last(h).view(x.shape).to(x.dtype)
+        return self.last(h).view(len(x), self.outputs * x.shape[1], *x.shape[2:]).to(x.dtype)
