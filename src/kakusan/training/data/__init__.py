@@ -12,8 +12,10 @@ silently ignored.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from kakusan.errors import KakusanError, UsageError
@@ -27,11 +29,12 @@ from kakusan.training.data.codecs import ImageCodec as ImageCodec
 from kakusan.training.data.codecs import PixelCodec as PixelCodec
 from kakusan.training.data.codecs import VectorCodec as VectorCodec
 from kakusan.training.data.codecs import codec_from_json as codec_from_json
+from kakusan.training.data.codecs import whole_cells as whole_cells
 from kakusan.training.data.columns import TableCodec as TableCodec
 from kakusan.training.data.hub import read_hub, stream_hub
 from kakusan.training.data.images import read_image_folder
 from kakusan.training.data.sources import Data as Data
-from kakusan.training.data.sources import Found, split
+from kakusan.training.data.sources import Found, Part, same_layout, split
 from kakusan.training.data.sources import Source as Source
 from kakusan.training.data.sources import Stream as Stream
 from kakusan.training.data.tables import read_table
@@ -56,6 +59,7 @@ TAKES = {
     "a hub data set": {"size", "fit", "channels", "labels", "split", "column", "streaming"},
 }
 KNOWN = ("digits", *TOYS)
+Check = Callable[[DataConfig, str], None]
 
 
 def load(
@@ -88,21 +92,58 @@ def load(
     return split(config.source, found, config.test_fraction, seed, config.limit, test_index, codec)
 
 
-def _find(config: DataConfig, seed: int) -> Found:
+def rows_of(config: DataConfig, source: str, seed: int, codec: Codec) -> tuple[Part, str]:
+    """All samples that a source names, in their order, encoded by the codec of a model; its name.
+
+    Of data that come with a test set of their own, that set.
+
+    Arguments:
+        config: That of the run: which columns are labels, how pictures are cut.
+        source: Where the data are.
+        seed: Draws the toys.
+        codec: That of the model.
+
+    Raises:
+        KakusanError: The data are missing, empty or damaged, or no kind that the model knows.
+    """
+    config = config.model_copy(update={"source": source, "limit": None})
+    # the options are the run's: where they mean nothing to this source, nobody asked for them
+    hub = source.startswith("hub:")
+    found = read_hub(config) if hub else _find(config, seed, lambda *_: None)
+    found = found.test or found
+    index = np.arange(len(found.rows))
+    if not len(index):
+        raise KakusanError(f"{found.rows.name} is empty: there is no sample in it")
+    other = found.rows.fit(index[:2])
+    if not _fewer_levels(codec, other):
+        same_layout(codec, other, found.rows.name, "the model was trained on")
+    name = Path(source.removeprefix("hub:")).name.split(".")[0] or "data"
+    return Part(found.rows, index, found.labels, codec), name
+
+
+def _fewer_levels(codec: Codec, found: Codec) -> bool:
+    """Whether data may hold the pixels of a codec, in a file whose type has room for more."""
+    if not isinstance(codec, PixelCodec) or not isinstance(found, PixelCodec):
+        return False
+    return codec.shape == found.shape and codec.levels <= found.levels
+
+
+def _find(config: DataConfig, seed: int, check: Check | None = None) -> Found:
     """Named data, a folder or a file."""
+    check = check or _refuse_options
     if config.source in KNOWN:
-        _refuse_options(config, f"'{config.source}'")
+        check(config, f"'{config.source}'")
         return read_digits() if config.source == "digits" else read_toy(config.source, seed)
     path = Path(config.source).expanduser()
     if path.is_dir():
-        return _find_folder(path, config)
+        return _find_folder(path, config, check)
     if not path.exists():
         raise _unknown(config.source, path)
     if path.suffix in (".npy", ".npz"):
-        _refuse_options(config, "an array file")
+        check(config, "an array file")
         return read_npy(path, config) if path.suffix == ".npy" else read_npz(path, config)
     if path.suffix == ".parquet" or path.name.endswith((".csv", ".csv.gz")):
-        _refuse_options(config, "a table")
+        check(config, "a table")
         return read_table(path, config)
     raise UsageError(
         f"{path} is no kind of file that can be read: .npy, .npz, .csv, .csv.gz and .parquet are, "
@@ -110,14 +151,14 @@ def _find(config: DataConfig, seed: int) -> Found:
     )
 
 
-def _find_folder(path: Path, config: DataConfig) -> Found:
+def _find_folder(path: Path, config: DataConfig, check: Check) -> Found:
     if find_idx(path, "train", "images") or find_idx(path, "t10k", "images"):
-        _refuse_options(config, "an IDX folder")
+        check(config, "an IDX folder")
         return read_idx_folder(path)
     if next(path.glob("data_batch_*.bin"), None):
-        _refuse_options(config, "a CIFAR-10 folder")
+        check(config, "a CIFAR-10 folder")
         return read_cifar_folder(path)
-    _refuse_options(config, "an image folder")
+    check(config, "an image folder")
     return read_image_folder(path, config)
 
 

@@ -5,7 +5,8 @@ The shape and type of an array say what it is:
 * uint8 (uint16, bool) of shape (N, H, W), (N, C, H, W) or (N, H, W, C) with C in 1..4 and
   H, W > 4: images with integer values up to 255 (65535, 1);
 * floats of four dimensions: images whose observed range is mapped to [-1, 1];
-* other floats, and integers of shape (N,) or (N, d): vectors, standardised entry by entry.
+* other floats, and integers of shape (N,) or (N, d): vectors, standardised entry by entry; those
+  of integers are known to hold whole numbers, and samples are rounded to them.
 
 A `.npy` file above `HELD_BYTES` is mapped, never read as a whole: its statistics come from a
 subsample in evenly spaced blocks, and each batch is checked for NaN and infinity when it is read,
@@ -82,7 +83,8 @@ class ArrayRows(Rows):
             bounds = [(float(c.min()), float(c.max())) for c in self._chunks(index)]
             low, high = min(b[0] for b in bounds), max(b[1] for b in bounds)
             return FloatImageCodec(_three(self.shape), low, high)
-        return VectorCodec(self.shape, *moments(self._chunks(index)))
+        mean, std = moments(self._chunks(index))
+        return VectorCodec(self.shape, mean, std, integer=self.array.dtype.kind in "biu")
 
     def _sampled(self, index: np.ndarray) -> np.ndarray:
         return index

@@ -8,14 +8,14 @@ form       raw values                            model values
 =========  ====================================  ==========================================
 pixels     integers 0..levels, (B, C, H, W)      x = 2 raw / levels - 1, in [-1, 1]
 floats     reals, (B, C, H, W)                   x = 2 (raw - low) / (high - low) - 1
-vectors    reals, (B, *original)                 x = (raw - mean) / std, flattened to (B, d)
+vectors    reals or integers, (B, *original)     x = (raw - mean) / std, flattened to (B, d)
 table      rows of a table (`tables.py`)         numbers standardised, categories one-hot
 =========  ====================================  ==========================================
 
 `kind` says what a sample is to its reader: pixels and floats are both "images". Real values are
-mapped in float64, results are float32. `decode(encode(raw))` is exact for pixels, and within
-float32 rounding of the standardised value elsewhere. Encoding checks shape, range and finiteness
-and refuses with the row.
+mapped in float64, results are float32. `decode(encode(raw))` is exact for pixels and for integer
+vectors within 8 million of their mean, and within float32 rounding of the standardised value
+elsewhere. Encoding checks shape, range and finiteness and refuses with the row.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kakusan.errors import KakusanError
+from kakusan.errors import KakusanError, UsageError
 
 
 class Codec(ABC):
@@ -58,6 +58,25 @@ class Codec(ABC):
     def describe(self) -> str:
         """The data this codec reads, in a few words for a sentence."""
 
+    @property
+    @abstractmethod
+    def units(self) -> Tensor:
+        """How far model values move where raw ones move by one: float64 of shape `shape`."""
+
+    @property
+    def whole(self) -> Tensor:
+        """Which entries hold whole numbers only: bool of shape `shape`."""
+        return torch.zeros(self.shape, dtype=torch.bool)
+
+    @property
+    def cells(self) -> Tensor:
+        """The width, in model units, of what one whole number stands for; 0 for reals.
+
+        Noise of this width spreads integers over disjoint cells, so that they have a density
+        (dequantisation).
+        """
+        return self.units * self.whole
+
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> Codec:
         """The codec with these fields, lists turned to tuples already."""
@@ -77,10 +96,6 @@ class ImageCodec(Codec):
     def pixels(self, x: Tensor) -> np.ndarray:
         """Model values as uint8 (B, C, H, W) in 0..255, for pictures."""
         return ((x.detach().cpu().double() + 1) * 127.5).round().clamp(0, 255).byte().numpy()
-
-    def describe(self) -> str:
-        """The data this codec reads."""
-        return f"images of shape {self.shape}"
 
 
 @dataclass(frozen=True)
@@ -116,9 +131,23 @@ class PixelCodec(ImageCodec):
         return whole.astype(np.uint8 if self.levels < 256 else np.uint16)
 
     @property
+    def units(self) -> Tensor:
+        """One level is 2 / levels wide."""
+        return torch.full(self.shape, 2 / self.levels, dtype=torch.float64)
+
+    @property
+    def whole(self) -> Tensor:
+        """All of them."""
+        return torch.ones(self.shape, dtype=torch.bool)
+
+    @property
     def layout(self) -> tuple[Any, ...]:
         """Form, shape and levels."""
         return self.form, self.shape, self.levels
+
+    def describe(self) -> str:
+        """The data this codec reads."""
+        return f"images of shape {self.shape} with whole numbers from 0 to {self.levels}"
 
 
 @dataclass(frozen=True)
@@ -147,6 +176,15 @@ class FloatImageCodec(ImageCodec):
         """Maps [-1, 1] to [low, high], as float32."""
         return ((x.detach().cpu().double() + 1) * self._half + self.low).float().numpy()
 
+    def describe(self) -> str:
+        """The data this codec reads."""
+        return f"images of shape {self.shape} with real numbers"
+
+    @property
+    def units(self) -> Tensor:
+        """The range is 2 wide."""
+        return torch.full(self.shape, 1 / self._half, dtype=torch.float64)
+
     @property
     def layout(self) -> tuple[Any, ...]:
         """Form and shape."""
@@ -155,7 +193,10 @@ class FloatImageCodec(ImageCodec):
 
 @dataclass(frozen=True)
 class VectorCodec(Codec):
-    """Real vectors of any original shape, standardised entry by entry.
+    """Vectors of any original shape, standardised entry by entry.
+
+    `integer` is true where the raw array was of an integer type: samples are then rounded, and
+    every entry is whole. Records from before there were such codecs lack it and read as reals.
 
     Example:
         >>> codec = VectorCodec((2,), mean=(1.0, 0.0), std=(2.0, 1.0))
@@ -163,6 +204,8 @@ class VectorCodec(Codec):
         tensor([[2., 3.]])
         >>> codec_from_json(codec.to_json()) == codec
         True
+        >>> VectorCodec((1,), (1.0,), (2.0,), integer=True).decode(torch.tensor([[0.4]]))
+        array([[2]])
     """
 
     kind: ClassVar[str] = "vectors"
@@ -170,6 +213,7 @@ class VectorCodec(Codec):
     original: tuple[int, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    integer: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -187,10 +231,23 @@ class VectorCodec(Codec):
         return ((values.reshape(len(values), -1) - mean) / std).float()
 
     def decode(self, x: Tensor) -> np.ndarray:
-        """Undoes the standardisation, as float32 of the original shape."""
+        """Undoes the standardisation: float32 of the original shape, int64 where integer."""
         mean, std = self._moments
-        raw = x.detach().cpu().double() * std + mean
-        return raw.reshape(len(x), *self.original).float().numpy()
+        raw = (x.detach().cpu().double() * std + mean).reshape(len(x), *self.original)
+        if self.integer:
+            # a sample of any size must not wrap around
+            return raw.round().clamp(-(2.0**62), 2.0**62).long().numpy()
+        return raw.float().numpy()
+
+    @property
+    def units(self) -> Tensor:
+        """One over the standard deviations."""
+        return 1 / self._moments[1]
+
+    @property
+    def whole(self) -> Tensor:
+        """All of them, or none."""
+        return torch.full(self.shape, self.integer)
 
     @property
     def layout(self) -> tuple[Any, ...]:
@@ -200,6 +257,24 @@ class VectorCodec(Codec):
     def describe(self) -> str:
         """The data this codec reads."""
         return f"vectors of shape {self.original}"
+
+
+def whole_cells(codec: Codec) -> Tensor:
+    """The cells of data that are to be spread over them (dequantised).
+
+    Raises:
+        UsageError: No entry holds whole numbers, so there is nothing to spread.
+
+    Example:
+        >>> whole_cells(PixelCodec((1, 1, 2), levels=16))
+        tensor([[[0.1250, 0.1250]]], dtype=torch.float64)
+    """
+    if not bool(codec.whole.any()):
+        raise UsageError(
+            f"dequantisation spreads whole numbers over their cells, and {codec.describe()} hold "
+            "none: leave it out (data.dequantise=none), real numbers have a density as they are"
+        )
+    return codec.cells
 
 
 def codec_from_json(d: dict[str, Any]) -> Codec:

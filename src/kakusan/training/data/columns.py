@@ -42,6 +42,16 @@ class Number:
         """Name and type."""
         return self.name, self.type
 
+    @property
+    def unit(self) -> float:
+        """The width of 1 in model units."""
+        return 1 / self.std
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is of an integer type."""
+        return np.dtype(arrow_type(self.type).to_pandas_dtype()).kind in "iu"
+
     def codes(self, column: pa.Array) -> np.ndarray:
         """The numbers as float64."""
         return column.to_numpy(zero_copy_only=False).astype(np.float64)
@@ -87,6 +97,8 @@ class Category:
     name: str
     type: str
     levels: tuple[str, ...]
+    unit: ClassVar[float] = 2.0  # from -1 to +1: the cells of different levels do not meet
+    whole: ClassVar[bool] = True
 
     @property
     def width(self) -> int:
@@ -169,6 +181,17 @@ class TableCodec(Codec):
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         """(d,), one entry a number and one a level."""
         return (sum(c.width for c in self.columns),)
+
+    @property
+    def units(self) -> Tensor:
+        """Those of each column, once a model value."""
+        units = [c.unit for c in self.columns for _ in range(c.width)]
+        return torch.tensor(units, dtype=torch.float64)
+
+    @property
+    def whole(self) -> Tensor:
+        """Integer columns, and levels."""
+        return torch.tensor([c.whole for c in self.columns for _ in range(c.width)])
 
     @property
     def layout(self) -> tuple[Any, ...]:
