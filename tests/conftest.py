@@ -1,5 +1,10 @@
 """What all tests share: one thread, since tiny networks lose by fighting for cores."""
 
+import os
+
+# before torch, and for the programs that tests start
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 

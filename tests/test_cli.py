@@ -76,7 +76,7 @@ def test_json_results_are_one_object(kakusan, trained):
     code, out, _ = kakusan("evaluate", trained, "-n", 60, "--steps", 2, "--json")
     record = json.loads(out)
     assert code == 0 and record == json.loads((trained / "evaluation.json").read_text()) | {
-        "file": record["file"], "picture": record["picture"]
+        k: record[k] for k in ("file", "picture", "bound")
     }  # fmt: skip
     for row in record["metrics"].values():
         assert {"value", "std_error", "n", "floor", "floor_std_error"} <= set(row)
@@ -145,7 +145,7 @@ def test_the_python_door(tmp_path):
     model = DiffusionModel.fit(x, labels=torch.arange(80) % 2, train=options, quiet=True)
     drawn = model.sample(7, steps=3, seed=0)
     assert drawn.shape == (7, 2) and model.classes == ("0", "1")
-    assert model.decode(drawn).shape == (7, 2)
+    assert model.to_data(drawn).shape == (7, 2)
     assert model.trajectory(4, steps=3).shape == (4, 4, 2)
     assert _png(model.show(drawn, tmp_path / "x.png")).size[0] > 100
     found = model.evaluate(12, steps=2)

@@ -354,7 +354,7 @@ def test_resuming_in_python_is_resuming(tmp_path):
     with pytest.raises(KakusanError, match="no checkpoint that training could go on from"):
         DiffusionModel.fit(x, out=tmp_path / "c", resume=True, quiet=True)
     # the copy judges by the same held-out points, with the array given again
-    mine, copy = whole._data(None), DiffusionModel.load(tmp_path / "c")._data(x)
+    mine, copy = whole.data_of_run(), DiffusionModel.load(tmp_path / "c").data_of_run(x)
     assert torch.equal(mine.test_index, copy.test_index)
 
 

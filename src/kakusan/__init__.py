@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kakusan.core import grids as grids
 
 # floor 0: core
+from kakusan.core.bits import bits_per_dim as bits_per_dim
 from kakusan.core.calculus import gram_divergence as gram_divergence
 from kakusan.core.calculus import probed_gram_divergence as probed_gram_divergence
 from kakusan.core.counter import Counter as Counter
@@ -25,17 +26,44 @@ from kakusan.core.operators import NotElliptic as NotElliptic
 from kakusan.core.operators import Operator as Operator
 from kakusan.core.operators import Scale as Scale
 from kakusan.core.operators import Zero as Zero
+from kakusan.core.trace import ExactTrace as ExactTrace
+from kakusan.core.trace import Hutchinson as Hutchinson
+from kakusan.core.trace import HutchPlusPlus as HutchPlusPlus
+from kakusan.core.trace import Normals as Normals
+from kakusan.core.trace import Orthogonal as Orthogonal
+from kakusan.core.trace import Signs as Signs
 from kakusan.errors import KakusanError as KakusanError
 from kakusan.errors import UsageError as UsageError
 
+# floor 4: inference
+from kakusan.inference.likelihood import LogProb as LogProb
+from kakusan.inference.likelihood import decode as decode
+from kakusan.inference.likelihood import encode as encode
+from kakusan.inference.likelihood import interpolate as interpolate
+from kakusan.inference.likelihood import log_prob as log_prob
+from kakusan.inference.weights import effective_sample_size as effective_sample_size
+from kakusan.inference.weights import log_mean_exp as log_mean_exp
+from kakusan.inference.weights import path_log_weights as path_log_weights
+
 # floor 3: models
 from kakusan.models.denoiser import Denoiser as Denoiser
+from kakusan.models.energy import Energy as Energy
 from kakusan.models.nets.mlp import MLP as MLP
 from kakusan.models.nets.unet import UNet as UNet
 from kakusan.models.score import ExactEmpirical as ExactEmpirical
 from kakusan.models.score import ExactMixture as ExactMixture
 
 # floor 3: objectives
+from kakusan.objectives.chain import Analytic as Analytic
+from kakusan.objectives.chain import Chain as Chain
+from kakusan.objectives.chain import Interpolated as Interpolated
+from kakusan.objectives.chain import Large as Large
+from kakusan.objectives.chain import Small as Small
+from kakusan.objectives.decoders import DiscretisedGaussian as DiscretisedGaussian
+from kakusan.objectives.decoders import GaussianDecoder as GaussianDecoder
+from kakusan.objectives.elbo import Bound as Bound
+from kakusan.objectives.elbo import bound as bound
+from kakusan.objectives.elbo import continuous_bound as continuous_bound
 from kakusan.objectives.matching import SNR as SNR
 from kakusan.objectives.matching import Denoising as Denoising
 from kakusan.objectives.matching import Importance as Importance
@@ -45,8 +73,21 @@ from kakusan.objectives.matching import LogNormal as LogNormal
 from kakusan.objectives.matching import Stratified as Stratified
 from kakusan.objectives.matching import Uniform as Uniform
 from kakusan.objectives.matching import UniformTimes as UniformTimes
+from kakusan.objectives.score_matching import Clean as Clean
+from kakusan.objectives.score_matching import DenoisingAt as DenoisingAt
+from kakusan.objectives.score_matching import Explicit as Explicit
+from kakusan.objectives.score_matching import FlowMatching as FlowMatching
+from kakusan.objectives.score_matching import Implicit as Implicit
+from kakusan.objectives.score_matching import OverTime as OverTime
+from kakusan.objectives.score_matching import Sliced as Sliced
+from kakusan.objectives.variational import Hybrid as Hybrid
+from kakusan.objectives.variational import Simple as Simple
+from kakusan.objectives.variational import Variational as Variational
 
 # floor 1: processes
+from kakusan.processes import betas as betas
+from kakusan.processes.betas import LearnedSchedule as LearnedSchedule
+from kakusan.processes.flow import AngularFlow as AngularFlow
 from kakusan.processes.linear import DDPM as DDPM
 from kakusan.processes.linear import EDM as EDM
 from kakusan.processes.linear import VE as VE
@@ -88,11 +129,20 @@ from kakusan.solvers.adaptive import DormandPrince as DormandPrince
 from kakusan.solvers.adaptive import Tally as Tally
 from kakusan.solvers.adjoint import Adjoint as Adjoint
 from kakusan.solvers.compiled import Compiled as Compiled
+from kakusan.solvers.corrector import NoiseLevel as NoiseLevel
+from kakusan.solvers.corrector import PredictorCorrector as PredictorCorrector
+from kakusan.solvers.corrector import SignalToNoise as SignalToNoise
+from kakusan.solvers.corrector import annealed_langevin as annealed_langevin
 from kakusan.solvers.exponential import Ancestral as Ancestral
 from kakusan.solvers.exponential import Multistep as Multistep
 from kakusan.solvers.exponential import generate as generate
 from kakusan.solvers.forms import NoiseForm as NoiseForm
 from kakusan.solvers.forms import noise_form as noise_form
+from kakusan.solvers.langevin import BAOAB as BAOAB
+from kakusan.solvers.langevin import MALA as MALA
+from kakusan.solvers.langevin import Acceptance as Acceptance
+from kakusan.solvers.langevin import kinetic_langevin as kinetic_langevin
+from kakusan.solvers.langevin import langevin as langevin
 from kakusan.solvers.methods import RK4 as RK4
 from kakusan.solvers.methods import Exact as Exact
 from kakusan.solvers.methods import Heun as Heun

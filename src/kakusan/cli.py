@@ -1,4 +1,4 @@
-"""The command line: train, sample, evaluate, simulate, check.
+"""The command line: train, sample, evaluate, likelihood, simulate, check.
 
 Every verb prints what it made and where; `--json` prints one JSON object instead. Errors are one
 sentence: exit code 2 where the request is wrong, 1 where the work failed, 130 after Ctrl-C.
@@ -185,6 +185,9 @@ def evaluate(
         typer.Option(help="pixels-pca64, random-conv-0 or classifier."),
     ] = None,
     limit: Annotated[int, typer.Option(help="Most held-out points to use.")] = 5000,
+    likelihoods: Annotated[
+        int, typer.Option(help="Held-out and training points whose bits are found; 0: none.")
+    ] = 128,
     steps: Steps = None,
     noise: Noise = None,
     seed: Seed = 0,
@@ -207,19 +210,26 @@ def evaluate(
 
     model = DiffusionModel.load(run, device)
     found = model.evaluate(
-        n, data=data, features=features, seed=seed, limit=limit, steps=steps, noise=noise,
-        guidance=guidance, batch=batch, quiet=quiet or as_json,
+        n, data=data, features=features, seed=seed, limit=limit, likelihoods=likelihoods,
+        steps=steps, noise=noise, guidance=guidance, batch=batch, quiet=quiet or as_json,
     )  # fmt: skip
     record = found.to_json()
     files.write_json(run / "evaluation.json", record)
-    picture = pictures.evaluation(found, model.codec, run / "evaluation.png")
+    made = {
+        "file": run / "evaluation.json",
+        "picture": pictures.evaluation(found, model.codec, run / "evaluation.png"),
+    }
+    if found.bound is not None:
+        made["bound"] = pictures.elbo_terms(found.bound, run / "bound.png")
     if as_json:
-        _print_json(**record, file=str(run / "evaluation.json"), picture=str(picture))
+        _print_json(**record, **{word: str(place) for word, place in made.items()})
         return
     print(found)
-    print(f"  numbers   {run / 'evaluation.json'}\n  picture   {picture}")
+    for word, place in made.items():
+        print(f"  {word:10}{place}")
 
 
+app.command()(verbs.likelihood)
 app.command()(verbs.simulate)
 
 
@@ -326,7 +336,7 @@ def _write(model: Any, x: Any, labels: Any, path: Path) -> Path:
     suffix = path.suffix.lower()
     if suffix == ".png":
         return model.show(x, path)
-    decoded = model.decode(x, labels)
+    decoded = model.to_data(x, labels)
     with files.whole(path) as draft:
         with draft.open("wb") as handle:
             if suffix == ".npz" and isinstance(decoded, np.ndarray):

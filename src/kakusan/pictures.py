@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from kakusan.inference.judge import Evaluation
+from kakusan.objectives.elbo import Bound
 from kakusan.training import files
 from kakusan.training.data.codecs import Codec, ImageCodec
 from kakusan.training.data.images import MODES
@@ -21,6 +22,8 @@ from kakusan.training.data.images import MODES
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from kakusan.densities import Likelihoods
 
 INK, PAPER, DATA, MODEL = "#222222", "#ffffff", "#9aa5b1", "#d1495b"
 
@@ -74,6 +77,28 @@ def evaluation(found: Evaluation, codec: Codec, path: Path) -> Path:
     right.errorbar(angle, loss, 2 * found.levels.std_error, color=MODEL, marker="o", ms=3)
     right.set(xlabel="angle in degrees: 0 data, 90 noise", ylabel="loss of v", ylim=(0, None))
     right.set_title(f"denoising loss, {found.levels.n} held-out samples")
+    return _save_figure(figure, path)
+
+
+def likelihoods(found: Likelihoods, held: Likelihoods | None, name: str, path: Path) -> Path:
+    """How many bits a dimension samples take, beside the run's held-out data where given."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    parts = [(found, MODEL, name)]
+    if held is not None:
+        parts.insert(0, (held, DATA, "held-out data of the run"))
+    bits = [(-p.value / (p.d * math.log(2))).numpy() for p, _, _ in parts]
+    together = np.concatenate(bits)
+    columns = min(max(round(len(together) ** 0.5), 10), 40)  # of few samples, more are noise
+    edges = np.histogram_bin_edges(together, columns).tolist()
+    for values, (_, color, word) in zip(bits, parts, strict=True):
+        axes.hist(
+            values, edges, density=True, color=color, alpha=0.6, label=f"{word}: {len(values)}"
+        )
+        axes.axvline(values.mean(), color=color, lw=1.5)
+    axes.set(xlabel="bits a dimension: -log p / (d ln 2); more is less likely", yticks=[])
+    axes.set_title(found.how)
+    axes.legend(frameon=False)
     return _save_figure(figure, path)
 
 
@@ -212,3 +237,45 @@ def _save_image(page: np.ndarray, path: Path) -> Path:
     with files.whole(path) as draft:
         image.save(draft, format="png")
     return path
+
+
+def elbo_terms(found: Bound, path: Path) -> Path:
+    """Draws a variational bound: each term over time, and how they add up to the whole."""
+    plt = _pyplot()
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(9.5, 3.8), layout="constrained", width_ratios=(2.4, 1)
+    )
+    scale = found.dims * math.log(2)
+    t, terms, error = _grouped(*(v.numpy() for v in (found.times, found.terms, found.std_error)))
+    terms, error = terms / scale, 2 * error / scale
+    left.fill_between(t, np.maximum(terms - error, 0), terms + error, color=MODEL, alpha=0.3, lw=0)
+    left.plot(t, terms, color=MODEL, lw=1.2)
+    top = terms.max()
+    # what is below a hundred-thousandth of the largest term adds nothing to the whole
+    left.set(xscale="log", yscale="log", ylim=(max(1e-5 * top, 0.5 * terms.min()), 2 * top))
+    left.set(xlabel="t: 0 data, end noise", ylabel="bits/dim of each term, +- 2 standard errors")
+    left.set_title(f"{len(found.terms)} terms of the bound, {len(found.prior)} samples")
+    parts = {"decoder": -found.decoder, "chain": found.divergence, "prior": found.prior}
+    values = [v.mean().item() / scale for v in parts.values()]
+    bits = found.bits_per_dim
+    names = [*parts, "whole"]
+    low = np.cumsum([0.0, *values[:-1]])
+    right.bar(names[:-1], values, bottom=low, color=[DATA, MODEL, INK], width=0.7)
+    right.bar(names[-1:], [bits.value], yerr=2 * bits.std_error, color=INK, alpha=0.25, width=0.7)
+    for i, (value, bottom) in enumerate(zip([*values, bits.value], [*low, 0.0], strict=True)):
+        place = (i, max(bottom, bottom + value) + (2 * bits.std_error if i == 3 else 0))
+        right.annotate(f"{value:.3f}", place, (0, 3), "data", "offset points", ha="center")
+    right.axhline(0, color=INK, lw=0.8)
+    right.margins(y=0.12)
+    right.set(title="-log2 p, at most", ylabel="bits/dim")
+    return _save_figure(figure, path)
+
+
+def _grouped(t: np.ndarray, *rows: np.ndarray, most: int = 60) -> tuple[np.ndarray, ...]:
+    """Means of a long curve and of its errors, over groups of times evenly spread in log t."""
+    if len(t) <= most:
+        return (t, *rows)
+    edges = np.geomspace(t[0], t[-1], most + 1)[1:-1]
+    _, group, count = np.unique(np.digitize(t, edges), return_inverse=True, return_counts=True)
+    t, value, error = (np.bincount(group, w) / count for w in (t, rows[0], rows[1] ** 2))
+    return t, value, np.sqrt(error / count)

@@ -6,45 +6,41 @@ takes them back to the units, columns and types of the data.
 
 from __future__ import annotations
 
-import itertools
+import functools
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from kakusan import pictures
-from kakusan.core.noise import Keyed
+from kakusan import densities, judging, pictures, sampling
+from kakusan.core.trace import Trace
 from kakusan.errors import KakusanError, UsageError
-from kakusan.inference import judge
-from kakusan.inference.metrics.comparison import MEASUREMENTS
+from kakusan.inference import judge, likelihood
+from kakusan.inference.dequantise import Dequantiser, Variational
 from kakusan.models.denoiser import Denoiser
-from kakusan.solvers.exponential import generate
+from kakusan.objectives.chain import Variance
+from kakusan.objectives.elbo import Bound
 from kakusan.training import checkpoint, files, run
 from kakusan.training.build import denoiser, resolved
 from kakusan.training.config import Config, configure
 from kakusan.training.data import (
     Codec,
     Data,
-    Stream,
     TableCodec,
-    as_data,
     codec_from_json,
     load,
+    rows_of,
     statistics,
+    whole_cells,
 )
 from kakusan.training.fit import fit
+from kakusan.training.given import Array, again, of_array, wanted
 from kakusan.training.placement import device_of
 from kakusan.training.progress import progress
-
-START, PATH, CLASS = 6, 7, 8  # separate the uses of one seed
-ARRAY = "array"  # what a configuration names data that came as a tensor or array
-LEAST = 12  # samples that the metrics need, on each side
-Array = Tensor | np.ndarray
 
 
 @dataclass
@@ -60,6 +56,7 @@ class DiffusionModel:
         data: What it was trained on, where that is at hand.
         folder: The run folder it was read from, where there is one.
         report: What training had to say: seconds, loss.
+        learned: The variational dequantiser, once it was learned or read.
     """
 
     config: Config
@@ -70,6 +67,7 @@ class DiffusionModel:
     data: Data | None = None
     folder: Path | None = None
     report: dict[str, float] = field(default_factory=dict)
+    learned: Variational | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def fit(
@@ -100,7 +98,7 @@ class DiffusionModel:
             >>> model.sample(3, seed=0).shape
             torch.Size([3, 2])
         """
-        config, array = _wanted(source, labels, options)
+        config, array = wanted(source, labels, options)
         folder, point = None if out is None else Path(out), None
         if resume:
             if folder is None:
@@ -120,7 +118,7 @@ class DiffusionModel:
         if array is None:
             data = load(config.data, config.seed, index, codec)
         else:
-            data = _of_array(config, array, labels, index, codec)
+            data = of_array(config, array, labels, index, codec)
         return cls._fit(config, data, folder, point, quiet)
 
     @classmethod
@@ -134,6 +132,8 @@ class DiffusionModel:
     ) -> DiffusionModel:
         shape, names = data.codec.shape, data.classes if config.model.labels == "auto" else None
         config = resolved(config, shape)
+        if config.data.dequantise != "none":
+            whole_cells(data.codec)  # refused where nothing is whole, before a folder is made
         if folder is not None and point is not None:
             # what the network was built for, not what the data would say today
             record = run.described(folder)
@@ -220,83 +220,24 @@ class DiffusionModel:
 
         Kept paths are (steps + 1, b, *shape), from noise to data.
         """
-        if n < 1 or batch < 1 or (steps is not None and steps < 1):
-            raise UsageError(f"n, batch and steps must be at least 1, got {n}, {batch}, {steps}")
         set_ = self.config.sample
-        steps, noise = steps or set_.steps, set_.noise if noise is None else noise
+        steps = set_.steps if steps is None else steps
+        noise = set_.noise if noise is None else noise
         guidance = set_.guidance if guidance is None else guidance
-        if not 0 <= noise <= 1 or not 0 <= guidance < float("inf"):
-            raise UsageError(
-                f"noise must lie between 0 and 1 and guidance be at least 0, got {noise} and "
-                f"{guidance}"
-            )
-        if guidance != 1 and self.classes is None:
-            raise UsageError(f"guidance {guidance} needs labels, and this model knows none")
-        if guidance != 1 and self.config.model.label_dropout == 0:
-            raise UsageError(
-                f"guidance {guidance} needs a model that has seen samples without label, and this "
-                "one was trained with model.label_dropout=0"
-            )
-        wanted = self.labels(n, label, seed)
-        return self._batches(n, steps, noise, seed, wanted, guidance, batch, keep)
-
-    @torch.no_grad()
-    def _batches(
-        self,
-        n: int,
-        steps: int,
-        noise: float,
-        seed: int,
-        labels: Tensor | None,
-        guidance: float,
-        batch: int,
-        keep: bool,
-    ) -> Iterator[Tensor]:
-        process, net = self.denoiser.process, self.denoiser
-        like = torch.empty(0, device=next(net.parameters()).device)
-        end = torch.tensor(process.span[1], dtype=torch.float64)
-        # x_T has the variance of its kernel and what is left of the data's
-        size = torch.hypot(process.sigma(end), process.alpha(end) * net.data_std).item()
-        for i in range(0, n, batch):
-            shape = (min(batch, n - i), *self.codec.shape)
-            x1 = size * Keyed(seed, i, START).normal(0, shape, like)
-            given = None if labels is None else labels[i : i + batch].to(like.device)
-            score = net.given(given, guidance)
-            yield generate(process, score, x1, steps, noise, Keyed(seed, i, PATH), keep).cpu()
+        how = sampling.Draw(n, steps, noise, seed, None, guidance, batch, keep)
+        sampling.check(how, self.classes is not None, self.config.model.label_dropout > 0)
+        how = how._replace(labels=self.labels(n, label, seed))
+        return sampling.batches(self.denoiser, self.codec.shape, how)
 
     def labels(self, n: int, label: Any = None, seed: int = 0) -> Tensor | None:
         """The classes that `sample` with the same arguments draws, (n,); None without labels."""
-        if self.classes is None or self.shares is None:
-            if label is not None:
-                raise UsageError("this model was trained without labels, so it cannot follow one")
-            return None
-        if label is None:
-            shares = torch.tensor(self.shares, dtype=torch.float64)
-            u = Keyed(seed, 0, CLASS).uniform(0, (n,), shares)
-            return torch.searchsorted(shares.cumsum(0), u).clamp(max=len(self.classes) - 1)
-        wanted = label if isinstance(label, (list, tuple)) else [label]
-        if not wanted:
-            raise UsageError(f"no class to draw was named; this model knows {self._known}")
-        index = torch.tensor([self._class(w) for w in wanted])
-        return index.repeat(-(-n // len(index)))[:n]
-
-    def _class(self, name: int | str) -> int:
-        names = self.classes or ()
-        if str(name) in names:
-            return names.index(str(name))
-        if str(name).isdigit() and int(name) < len(names):
-            return int(name)
-        raise UsageError(f"no class {name!r}; this model knows {self._known}")
-
-    @property
-    def _known(self) -> str:
-        return ", ".join(self.classes or ())
+        return sampling.labels(self.classes, self.shares, n, label, seed)
 
     def trajectory(self, n: int = 8, **options: Any) -> Tensor:
         """The way from noise to data of n samples, (steps + 1, n, *shape)."""
         return torch.cat(list(self.batches(n, keep=True, **options)), 1)
 
-    def decode(self, x: Tensor, labels: Tensor | None = None) -> Any:
+    def to_data(self, x: Tensor, labels: Tensor | None = None) -> Any:
         """Samples in the data's own units: integer pixels, numbers, or a table.
 
         Arguments:
@@ -315,6 +256,92 @@ class DiffusionModel:
             return pictures.trajectories(x, self.codec, path)
         return pictures.samples(x, self.codec, path)
 
+    # --- likelihoods and codes
+
+    def log_prob(
+        self,
+        x: Tensor,
+        *,
+        label: int | str | Tensor | None = None,
+        dequantise: str | Dequantiser | None = None,
+        trace: Trace | None = None,
+        tolerance: float = 1e-4,
+        seed: int = 0,
+        batch: int = 128,
+        quiet: bool = True,
+    ) -> densities.Likelihoods:
+        """Log p(x) by the probability flow, in nats and in the units of the data.
+
+        Arguments:
+            x: Samples in model units, (n, *shape).
+            label: Their class, or classes (n,), for log p(x | label).
+            dequantise: Whole numbers have no density: `uniform` spreads each over its cell, for a
+                bound on its mass; `variational` does so by noise that is learned once a run;
+                `none` takes the density at the bare points. To be chosen where x holds whole
+                numbers, unless the model was trained with `data.dequantise`.
+            trace: How the divergence is found; exact in few dimensions, by two probes in many.
+            tolerance: The error of a step of the solver, relative and absolute.
+            seed: Fixes probes and dequantisation, sample by sample.
+            batch: How many samples at a time.
+            quiet: Whether to show no progress.
+
+        Raises:
+            UsageError: If x does not fit the model, or a choice is missing.
+        """
+        given = self._given(label, len(x))
+        return densities.log_prob(self, x, given, dequantise, trace, tolerance, seed, batch, quiet)
+
+    def elbo(
+        self,
+        x: Tensor,
+        *,
+        label: int | str | Tensor | None = None,
+        dequantise: str | Dequantiser | None = None,
+        steps: int | None = None,
+        variance: Variance | None = None,
+        times: int = 32,
+        seed: int = 0,
+        batch: int = 256,
+    ) -> Bound:
+        """A lower bound on log p(x), in nats and in the units of the data, term by term.
+
+        Arguments:
+            x: Samples in model units, (n, *shape).
+            label: Their class, or classes (n,).
+            dequantise: As in `log_prob`; by default as the model was trained, and for one trained
+                without the mass that the decoder gives to each whole number.
+            steps: The length of a chain (DDPM's bound, a term a step); without, the bound of
+                infinitely many steps.
+            variance: That of the model's steps in a chain: `Large()` by default, or what was
+                learned; `Analytic.matched(model.denoiser, data, chain)` is the best of all.
+            times: How many levels to draw for each sample where the steps are infinitely many.
+            seed: Fixes the noise of each sample.
+            batch: How many samples at a time.
+        """
+        given = self._given(label, len(x))
+        return densities.elbo(self, x, given, dequantise, steps, variance, times, seed, batch)
+
+    def encode(self, x: Tensor, *, label: int | str | Tensor | None = None) -> Tensor:
+        """The noise that the flow takes x to, standard normal if the model is good; like x."""
+        return densities.carried(self, likelihood.encode, x, self._given(label, len(x)))
+
+    def decode(self, z: Tensor, *, label: int | str | Tensor | None = None) -> Tensor:
+        """The sample that the flow takes noise to: the inverse of `encode`; like z."""
+        return densities.carried(self, likelihood.decode, z, self._given(label, len(z)))
+
+    def interpolate(self, a: Tensor, b: Tensor, n: int = 8) -> Tensor:
+        """Samples between a and b, (n, B, *shape), along the circle between their codes."""
+        weight = next(self.denoiser.parameters())
+        self._given(None, len(a))
+        for x in (a, b):
+            densities.check_values(x, self.codec)
+        with torch.no_grad():
+            return likelihood.interpolate(self.denoiser, a.to(weight), b.to(weight), n).cpu()
+
+    def _given(self, label: Any, n: int) -> Tensor | None:
+        """Classes (n,), where any were named."""
+        return sampling.given(self.classes, n, label, self.config.model.label_dropout > 0)
+
     # --- judging
 
     def evaluate(
@@ -325,6 +352,7 @@ class DiffusionModel:
         features: str | None = None,
         seed: int = 0,
         limit: int = 5000,
+        likelihoods: int = 128,
         quiet: bool = True,
         **options: Any,
     ) -> judge.Evaluation:
@@ -337,52 +365,37 @@ class DiffusionModel:
             features: A named feature map; see `kakusan.inference.features`.
             seed: Fixes samples, subsets and directions.
             limit: The most samples, held-out and training points to use.
+            likelihoods: Of how many held-out and training points to find the bits per dimension;
+                0 for none.
             quiet: Whether to show no progress.
             **options: As in `sample`.
         """
-        data = self._data(data)
-        test, label = judge.gather(data.test, limit, seed)
-        n = len(test) if n is None else n
-        if min(n, len(test), limit) < LEAST:
-            raise UsageError(
-                f"the metrics need at least {LEAST} samples and held-out points, got n={n} and "
-                f"{len(test)} held-out points"
-            )
-        if isinstance(data.train, Stream):
-            train, train_label = statistics.first(data.train, limit)
-        else:
-            # enough to find copies in, but never more than a gigabyte
-            most = max(limit, min(20 * n, 250_000_000 // test[0].numel()))
-            train, train_label = judge.gather(data.train, most, seed)
-        # a wrong name should not cost the time of sampling
-        named = judge.features_of(features, train, train_label)
-        x = self.sample(n, seed=seed, quiet=quiet, **options)
-        known = label if self.classes else None
-        with progress("measure", MEASUREMENTS, quiet=quiet) as advance:
-            count = itertools.count()
-            found = judge.evaluate(
-                self.denoiser, x, test, train, known, named, seed, limit,
-                tick=lambda name: advance(next(count), name),
-            )  # fmt: skip
-            advance(MEASUREMENTS)
-            return found
+        draw = functools.partial(self.sample, seed=seed, quiet=quiet, **options)
+        data = self.data_of_run(data)
+        return judging.evaluate(self, n, draw, data, features, seed, limit, likelihoods, quiet)
 
-    def _data(self, data: Data | Array | str | None) -> Data:
-        """The data to be judged by, split and encoded as in training."""
+    def rows(self, source: str | None = None, n: int | None = None) -> tuple[Tensor, str]:
+        """The samples that a source names, or the held-out ones, in model units; and a name.
+
+        Arguments:
+            source: What `fit` takes as a name or path; the run's held-out data by default.
+            n: The first so many; all by default.
+        """
+        if n is not None and n < 1:
+            raise UsageError(f"the number of rows must be at least 1, got {n}")
+        if source is None:
+            part, name = self.data_of_run().test, "held-out"
+        else:
+            part, name = rows_of(self.config.data, source, self.config.seed, self.codec)
+        return part.batch(torch.arange(min(len(part), n or len(part))))[0], name
+
+    def data_of_run(self, data: Data | Array | str | None = None) -> Data:
+        """The data it was trained on, split and encoded as then; see `evaluate`."""
         if isinstance(data, Data):
             return data
         if data is None and self.data is not None:
             return self.data
-        index = self._held_out()
-        if isinstance(data, Array):
-            return _of_array(self.config, data, None, index, self.codec)
-        section = self.config.data
-        if data is not None:
-            section = section.model_copy(update={"source": str(data)})
-        if section.source == ARRAY:
-            raise UsageError("this model was trained on an array, which no run folder keeps; "
-                             "give it again as evaluate(data=...)")  # fmt: skip
-        return load(section, self.config.seed, index, self.codec)
+        return again(self.config, data, self._held_out(), self.codec)
 
     def _held_out(self) -> Tensor | None:
         """The numbers of the samples that were kept from training, where they are known."""
@@ -432,38 +445,3 @@ class DiffusionModel:
         run.load_weights(net, folder)
         net = net.eval().requires_grad_(False).to(device_of(device))
         return cls(config, net, codec, names, shares, folder=folder)
-
-
-def _of_array(
-    config: Config, array: Array, labels: Any, index: Tensor | None, codec: Codec | None
-) -> Data:
-    """An array, split and encoded as the configuration says, or as a run did before."""
-    share = config.data.test_fraction
-    return as_data(
-        array, labels, test_fraction=share, seed=config.seed, test_index=index, codec=codec
-    )
-
-
-def _wanted(source: Any, labels: Any, options: dict[str, Any]) -> tuple[Config, Array | None]:
-    """The configuration and, where the data came as one, the array."""
-    if isinstance(source, Config):
-        if options:
-            raise UsageError(f"a Config leaves no room for {', '.join(options)}; put them into it")
-        return source, None
-    if isinstance(source, (str, Path)):
-        name, array = str(source), None
-    elif isinstance(source, Array):
-        name, array = ARRAY, source
-    else:
-        raise UsageError(
-            f"fit learns from a name, a path, a tensor, an array or a Config, not from "
-            f"{type(source).__name__}; torch.as_tensor(...) makes a tensor of it"
-        )
-    if labels is not None and array is None:
-        raise UsageError(f"labels go with a tensor or array; for {name} set data.labels")
-    config = configure(base=options)
-    given = config.data.model_fields_set - {"test_fraction"}
-    if array is not None and given:
-        raise UsageError(f"data.{min(given)} does not apply to a tensor or array")
-    section = config.data.model_copy(update={"source": name})
-    return config.model_copy(update={"data": section}), array

@@ -1,11 +1,14 @@
-"""The verb `simulate`: its options, and what it prints."""
+"""The verbs `simulate` and `likelihood`: their options, and what they print."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import math
+import os
 import sys
+import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,6 +16,10 @@ import typer
 from kakusan.errors import KakusanError, UsageError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kakusan.densities import Likelihoods
+    from kakusan.pipeline import DiffusionModel
     from kakusan.simulation import Ensemble, Request
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else.")]
@@ -233,3 +240,154 @@ def _with_error(mean: float, error: float | None) -> str:
     if not 0 <= digits <= 8:
         return f"{mean:.5g} ± {error:.2g}"
     return f"{mean:.{digits}f} ± {error:.{digits}f}"
+
+
+def likelihood(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as train makes it.")],
+    data: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="DATA",
+            help="What train --data takes; of data with a test set of their own, that set.  "
+            "\\[default: the run's held-out data]",
+        ),
+    ] = None,
+    n: Annotated[int | None, typer.Option("-n", help="The first so many rows.")] = None,
+    dequantise: Annotated[
+        str | None,
+        typer.Option(
+            help="For whole numbers, which have no density: uniform or variational (noise over "
+            "the cell of each: bounds on its mass), or none.  \\[default: as the run was trained]"
+        ),
+    ] = None,
+    probes: Annotated[
+        int | None,
+        typer.Option(help="Random probes of the divergence; 0: exact.  \\[default: by dimension]"),
+    ] = None,
+    tolerance: Annotated[float, typer.Option(help="Of a step of the solver.")] = 1e-3,
+    label: Annotated[str | None, typer.Option(help="Of which class, log p(x | label).")] = None,
+    beside: Annotated[
+        int, typer.Option(help="Held-out samples to draw beside, where DATA are others.")
+    ] = 256,
+    seed: Annotated[int, typer.Option(help="Fixes probes and dequantisation.")] = 0,
+    batch: Annotated[int, typer.Option(help="Samples at a time; bounds the memory.")] = 128,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="FILE.csv, a row a sample, and a picture beside it.  "
+            "\\[default: RUN/likelihood/NAME.csv]"
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Find the log-likelihood of each row of DATA under a trained model.
+
+    In nats, and in the units of the data. The picture shows DATA beside the
+    run's held-out data: rows far to the right of those are unlike what the
+    model learned. Rows to the left may be so too: a likelihood is a density,
+    and simple data can be denser than typical ones.
+
+    Example:  kakusan likelihood runs/digits --dequantise uniform
+    """
+    from kakusan import densities, pictures
+    from kakusan.core.trace import ExactTrace, Hutchinson
+    from kakusan.pipeline import DiffusionModel
+
+    if probes is not None and probes < 0:
+        raise UsageError(f"--probes is how many, or 0 for the exact divergence; got {probes}")
+    model, quiet = DiffusionModel.load(run, device), quiet or as_json
+    x, name = model.rows(data, n)
+    path = out or run / "likelihood" / f"{name}.csv"
+    _check_place(path)
+    # one choice for both, which the data make
+    spread = densities.dequantiser(model, x, dequantise, quiet)
+    trace = None if probes is None else Hutchinson(probes) if probes else ExactTrace(most=10**9)
+    options: dict[str, Any] = {
+        "label": label, "dequantise": spread, "trace": trace, "tolerance": tolerance,
+        "seed": seed, "batch": batch, "quiet": quiet,
+    }  # fmt: skip
+    held = None
+    if data is not None and beside > 0 and (rows := _beside(model, beside)) is not None:
+        held = model.log_prob(rows, **options)
+    stopped = False
+    try:
+        found = model.log_prob(x, **options)
+    except densities.Stopped as early:
+        found, stopped = early.found, True
+    _write_rows(found, path)
+    picture = pictures.likelihoods(found, held, name, path.with_suffix(".png"))
+    _tell(found, len(x), held, {"rows": str(path), "picture": str(picture)}, as_json)
+    if stopped:
+        raise KeyboardInterrupt
+
+
+def _beside(model: DiffusionModel, n: int) -> Tensor | None:
+    """Held-out samples of the run, where they can still be found."""
+    try:
+        return model.rows(None, n)[0]
+    except KakusanError as error:
+        warnings.warn(f"no held-out data beside: {error}", stacklevel=2)
+        return None
+
+
+def _check_place(path: Path) -> None:
+    """Refuses a place for likelihoods before the work."""
+    if path.suffix.lower() != ".csv":
+        raise UsageError(f"likelihoods are written as .csv, not {path.name!r}")
+    folder = next(p for p in path.absolute().parents if p.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        where = "it is a folder" if path.is_dir() else f"{folder} is no folder to write to"
+        raise KakusanError(f"cannot write {path}: {where}")
+
+
+def _write_rows(found: Likelihoods, path: Path) -> None:
+    from kakusan.training import files
+
+    columns = (found.value, found.std_error, found.solver_error, found.prior_gap)
+    bits = -found.value / (found.d * math.log(2))
+    with files.whole(path) as draft:
+        lines = ["row,log_prob,probe_std_error,solver_error,prior_gap,bits_per_dim"]
+        for i, row in enumerate(zip(*(c.tolist() for c in (*columns, bits)), strict=True)):
+            lines.append(",".join([str(i), *(f"{v:.9g}" for v in row)]))
+        draft.write_text("\n".join(lines) + "\n")
+
+
+def _tell(
+    found: Likelihoods,
+    asked: int,
+    held: Likelihoods | None,
+    made: dict[str, str],
+    as_json: bool,
+) -> None:
+    """Prints means, and how well DATA and held-out data can be told apart."""
+    from kakusan.densities import told_apart
+
+    bits, nats = found.bits_per_dim, found.value
+    apart = None if held is None else told_apart(found, held)
+    if as_json:
+        numbers: dict[str, Any] = {
+            "n": bits.n, "asked": asked, "how": found.how, "log_prob": nats.mean().item(),
+            "bits_per_dim": bits.value, "std_error": bits.std_error,
+        }  # fmt: skip
+        if held is not None and apart is not None:
+            other = held.bits_per_dim
+            numbers |= {
+                "held_out": {"n": other.n, "bits_per_dim": other.value,
+                             "std_error": other.std_error},
+                "told_apart": {"value": apart[0], "std_error": apart[1]},
+            }  # fmt: skip
+        print(json.dumps(_finite({**numbers, **made}), allow_nan=False))
+        return
+    if bits.n < asked:
+        print(f"stopped after {bits.n} of {asked} samples")
+    print(found)
+    if held is not None and apart is not None:
+        other = held.bits_per_dim
+        print(f"held-out data of the run: {other.value:.4g} +- {other.std_error:.2g} bits a "
+              f"dimension ({other.n} samples)\n"
+              f"  a held-out sample is the likelier of a pair in {100 * apart[0]:.1f} +- "
+              f"{100 * apart[1]:.1f}% (50%: alike)")  # fmt: skip
+    for word, place in made.items():
+        print(f"  {word:10}{place}")

@@ -17,6 +17,7 @@ from kakusan.inference.levels import Levels, evenly, loss_by_level
 from kakusan.inference.metrics import Row, compare
 from kakusan.inference.metrics.comparison import Tick
 from kakusan.models.denoiser import Denoiser
+from kakusan.objectives.elbo import Bound
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +29,14 @@ class Evaluation:
         levels: The denoising loss by noise level, on held-out data.
         samples: The samples that were judged, (n, *shape), in model units.
         test: The held-out data they were judged against.
+        bound: The variational bound on the likelihood of held-out data, where it was found.
     """
 
     metrics: dict[str, Row]
     levels: Levels
     samples: Tensor
     test: Tensor
+    bound: Bound | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Numbers alone, for a file."""

@@ -30,8 +30,9 @@ type            variance                                    best where
 
 beta tilde is 0 at the first step, where `Small` and `Interpolated` take that of the second one
 (Nichol and Dhariwal). For data with a density `Small` never becomes exact: however fine the steps,
-its bound stays 0.2886 nats, half of Euler's constant, below for each dimension, all of it lost in
-the first few steps, where beta tilde / beta is (k - 1) / k. Data of integers lose nothing there.
+its bound stays at least 0.2886 nats, half of Euler's constant, below for each dimension (that with
+an exact first step), lost in the first few steps, where beta tilde / beta is (k - 1) / k. Data of
+integers lose nothing there.
 
 References:
     Denoising diffusion probabilistic models (Ho et al., 2020), arXiv:2006.11239
