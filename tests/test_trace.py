@@ -59,7 +59,9 @@ def test_exact_is_the_trace_of_the_jacobian(shape, chunk):
     assert truth.std() > 1e-3 and torch.equal(v, field(x).detach())
 
 
-@pytest.mark.parametrize("trace", [ExactTrace(), Hutchinson(2), HutchPlusPlus(2, r=1)], ids=repr)
+@pytest.mark.parametrize(
+    "trace", [ExactTrace(), Hutchinson(2), HutchPlusPlus(2, r=1)], ids=lambda v: type(v).__name__
+)
 def test_it_is_differentiable_once_more(trace):
     """Gradients of divergence and field, by state and by parameters, against differences."""
     f, x = net(3), randn(2, 3)
@@ -177,7 +179,9 @@ def test_the_square_of_the_standard_error_is_the_variance_on_average(trace):
 
 
 @pytest.mark.parametrize(
-    "trace", [Hutchinson(48), Hutchinson(48, Normals()), HutchPlusPlus(48, r=3)], ids=repr
+    "trace",
+    [Hutchinson(48), Hutchinson(48, Normals()), HutchPlusPlus(48, r=3)],
+    ids=["signs", "normals", "hutch++"],
 )
 def test_standard_errors_cover(trace):
     """Errors over their standard errors have Student's variance, (k - 1) / (k - 3)."""

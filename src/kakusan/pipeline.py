@@ -265,7 +265,7 @@ class DiffusionModel:
         label: int | str | Tensor | None = None,
         dequantise: str | Dequantiser | None = None,
         trace: Trace | None = None,
-        tolerance: float = 1e-4,
+        tolerance: float = 1e-3,
         seed: int = 0,
         batch: int = 128,
         quiet: bool = True,
@@ -280,7 +280,8 @@ class DiffusionModel:
                 `none` takes the density at the bare points. To be chosen where x holds whole
                 numbers, unless the model was trained with `data.dequantise`.
             trace: How the divergence is found; exact in few dimensions, by two probes in many.
-            tolerance: The error of a step of the solver, relative and absolute.
+            tolerance: The error of a step of the solver, relative and absolute; of whole numbers,
+                in units of their cells.
             seed: Fixes probes and dequantisation, sample by sample.
             batch: How many samples at a time.
             quiet: Whether to show no progress.

@@ -264,7 +264,9 @@ def likelihood(
         int | None,
         typer.Option(help="Random probes of the divergence; 0: exact.  \\[default: by dimension]"),
     ] = None,
-    tolerance: Annotated[float, typer.Option(help="Of a step of the solver.")] = 1e-3,
+    tolerance: Annotated[
+        float, typer.Option(help="Of a step of the solver; of whole numbers, in their cells.")
+    ] = 1e-3,
     label: Annotated[str | None, typer.Option(help="Of which class, log p(x | label).")] = None,
     beside: Annotated[
         int, typer.Option(help="Held-out samples to draw beside, where DATA are others.")
