@@ -14,13 +14,12 @@ from kakusan.core.types import as_time
 from kakusan.errors import KakusanError, UsageError
 from kakusan.inference.dequantise import (
     AsIs,
-    DenoisingBound,
     Uniform,
     Variational,
-    fit_variational,
     importance_weighted,
     log_weights,
 )
+from kakusan.inference.offsets import DenoisingBound, fit_variational
 from kakusan.models.denoiser import Denoiser
 from kakusan.models.score import ExactMixture
 from kakusan.processes.linear import EDM, VE, VP

@@ -187,7 +187,7 @@ def evaluate(
     limit: Annotated[int, typer.Option(help="Most held-out points to use.")] = 5000,
     likelihoods: Annotated[
         int, typer.Option(help="Held-out and training points whose bits are found; 0: none.")
-    ] = 128,
+    ] = 64,
     steps: Steps = None,
     noise: Noise = None,
     seed: Seed = 0,

@@ -36,9 +36,9 @@ from kakusan.inference.dequantise import (
     Dequantiser,
     Uniform,
     Variational,
-    fit_variational,
 )
 from kakusan.inference.metrics import Row
+from kakusan.inference.offsets import fit_variational
 from kakusan.objectives.chain import Chain, Interpolated, Large, Variance
 from kakusan.objectives.decoders import GaussianDecoder
 from kakusan.objectives.elbo import Bound, bound, continuous_bound
@@ -205,15 +205,15 @@ def _parts(
     """Value, standard error, solver error and prior gap of each batch, (4, b), on the CPU."""
     net, codec = model.denoiser, model.codec
     weight = next(net.parameters())  # where the network lives, and its precision
+    step = tolerance * _finest(codec)
     for i in range(0, len(x), batch):
         part = x[i : i + batch].to(weight)
         given = None if label is None else label[i : i + batch].to(weight.device)
         # the offsets within the cells are part of what is random about the value
         moved = spread(part, codec.cells, Keyed(seed, i, CELLS), 0)
-        method = DormandPrince(*[tolerance * _finest(codec)] * 2)
         try:
             found = likelihood.log_prob(
-                net.given(given), moved.x, trace, method, seed=seed, first=i
+                net.given(given), moved.x, trace, DormandPrince(step, step), seed=seed, first=i
             )
         except KakusanError as error:
             raise KakusanError(f"in the samples from number {i} on: {error}") from None

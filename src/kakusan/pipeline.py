@@ -353,7 +353,7 @@ class DiffusionModel:
         features: str | None = None,
         seed: int = 0,
         limit: int = 5000,
-        likelihoods: int = 128,
+        likelihoods: int = 64,
         quiet: bool = True,
         **options: Any,
     ) -> judge.Evaluation:

@@ -242,44 +242,57 @@ def _with_error(mean: float, error: float | None) -> str:
     return f"{mean:.{digits}f} ± {error:.{digits}f}"
 
 
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as train makes it.")]
+Rows = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="DATA",
+        help="What train --data takes; of data with a test set of their own, that set.  "
+        "\\[default: the run's held-out data]",
+    ),
+]
+Dequantise = Annotated[
+    str | None,
+    typer.Option(
+        help="For whole numbers, which have no density: uniform or variational (noise over "
+        "the cell of each: bounds on its mass), or none.  \\[default: as the run was trained]"
+    ),
+]
+Probes = Annotated[
+    int | None,
+    typer.Option(help="Random probes of the divergence; 0: exact.  \\[default: by dimension]"),
+]
+Tolerance = Annotated[
+    float, typer.Option(help="Of a step of the solver; of whole numbers, in their cells.")
+]
+Beside = Annotated[
+    int | None,
+    typer.Option(
+        help="Held-out samples to draw beside, where DATA are others.  "
+        "\\[default: as many, at most 256]"
+    ),
+]
+Csv = Annotated[
+    Path | None,
+    typer.Option(
+        help="FILE.csv, a row a sample, and a picture beside it.  "
+        "\\[default: RUN/likelihood/NAME.csv]"
+    ),
+]
+
+
 def likelihood(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as train makes it.")],
-    data: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="DATA",
-            help="What train --data takes; of data with a test set of their own, that set.  "
-            "\\[default: the run's held-out data]",
-        ),
-    ] = None,
+    run: Run,
+    data: Rows = None,
     n: Annotated[int | None, typer.Option("-n", help="The first so many rows.")] = None,
-    dequantise: Annotated[
-        str | None,
-        typer.Option(
-            help="For whole numbers, which have no density: uniform or variational (noise over "
-            "the cell of each: bounds on its mass), or none.  \\[default: as the run was trained]"
-        ),
-    ] = None,
-    probes: Annotated[
-        int | None,
-        typer.Option(help="Random probes of the divergence; 0: exact.  \\[default: by dimension]"),
-    ] = None,
-    tolerance: Annotated[
-        float, typer.Option(help="Of a step of the solver; of whole numbers, in their cells.")
-    ] = 1e-3,
+    dequantise: Dequantise = None,
+    probes: Probes = None,
+    tolerance: Tolerance = 1e-3,
     label: Annotated[str | None, typer.Option(help="Of which class, log p(x | label).")] = None,
-    beside: Annotated[
-        int, typer.Option(help="Held-out samples to draw beside, where DATA are others.")
-    ] = 256,
+    beside: Beside = None,
     seed: Annotated[int, typer.Option(help="Fixes probes and dequantisation.")] = 0,
     batch: Annotated[int, typer.Option(help="Samples at a time; bounds the memory.")] = 128,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="FILE.csv, a row a sample, and a picture beside it.  "
-            "\\[default: RUN/likelihood/NAME.csv]"
-        ),
-    ] = None,
+    out: Csv = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     quiet: Quiet = False,
     as_json: Json = False,
@@ -311,6 +324,7 @@ def likelihood(
         "seed": seed, "batch": batch, "quiet": quiet,
     }  # fmt: skip
     held = None
+    beside = min(len(x), 256) if beside is None else beside
     if data is not None and beside > 0 and (rows := _beside(model, beside)) is not None:
         held = model.log_prob(rows, **options)
     stopped = False
