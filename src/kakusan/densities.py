@@ -39,7 +39,7 @@ from kakusan.inference.dequantise import (
 )
 from kakusan.inference.metrics import Row
 from kakusan.inference.offsets import fit_variational
-from kakusan.objectives.chain import Chain, Interpolated, Large, Variance
+from kakusan.objectives.chain import Chain, Interpolated, Variance
 from kakusan.objectives.decoders import GaussianDecoder
 from kakusan.objectives.elbo import Bound, bound, continuous_bound
 from kakusan.solvers.adaptive import DormandPrince
@@ -143,6 +143,12 @@ def log_prob(
     moved = next(finer)[0] - torch.cat(rows, 1)[0, :few]
     found = _found(rows, d, _words(trace, spread, d), moved.mean().item())
     _warn_of_steps(found, moved, tolerance)
+    if found.prior_gap[far := int(found.prior_gap.argmax())] > 1:
+        warnings.warn(
+            f"sample {far} is {found.prior_gap[far]:.2g} nats from where the process ends in "
+            "noise, too far for its value to say more than that",
+            stacklevel=2,
+        )
     return found
 
 
@@ -290,22 +296,6 @@ def check_values(x: Tensor, codec: Codec) -> None:
         raise UsageError(f"sample {int(bad.nonzero()[0])} of the data is not finite")
 
 
-def told_apart(found: Likelihoods, held: Likelihoods) -> tuple[float, float]:
-    """How often a held-out sample is the likelier of a pair, and the standard error of that.
-
-    The area under the curve of a detector by likelihood; the error is Hanley and McNeil's.
-    """
-    a, b = held.value, found.value
-    area = (a[:, None] > b).double().mean() + 0.5 * (a[:, None] == b).double().mean()
-    A, n, m = area.item(), len(a), len(b)
-    q1, q2 = A / (2 - A), 2 * A**2 / (1 + A)
-    spread = A * (1 - A) + (n - 1) * (q1 - A**2) + (m - 1) * (q2 - A**2)
-    return A, math.sqrt(max(spread, 0.0) / (n * m))
-
-
-# --- codes
-
-
 def carried(
     model: DiffusionModel, way: Callable[..., Tensor], x: Tensor, given: Tensor | None
 ) -> Tensor:
@@ -355,8 +345,8 @@ def elbo(
     if steps is None:
         found = continuous_bound(net, x, times, **options)
     else:
-        if variance is None:
-            variance = Interpolated() if model.config.model.variance == "learned" else Large()
+        if variance is None and model.config.model.variance == "learned":
+            variance = Interpolated()
         chain = Chain(net.process, steps, decoder.start(net.process))
         found = bound(net, x, chain, variance, **options)
     return dataclasses.replace(found, decoder=found.decoder + offset)

@@ -313,8 +313,8 @@ class DiffusionModel:
                 without the mass that the decoder gives to each whole number.
             steps: The length of a chain (DDPM's bound, a term a step); without, the bound of
                 infinitely many steps.
-            variance: That of the model's steps in a chain: `Large()` by default, or what was
-                learned; `Analytic.matched(model.denoiser, data, chain)` is the best of all.
+            variance: That of the model's steps in a chain: as `kakusan.bound` by default, or what
+                was learned; `Analytic.matched(model.denoiser, data, chain)` is the best of all.
             times: How many levels to draw for each sample where the steps are infinitely many.
             seed: Fixes the noise of each sample.
             batch: How many samples at a time.

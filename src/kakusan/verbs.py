@@ -315,7 +315,7 @@ def likelihood(
     model, quiet = DiffusionModel.load(run, device), quiet or as_json
     x, name = model.rows(data, n)
     path = out or run / "likelihood" / f"{name}.csv"
-    _check_place(path)
+    _check_place(path, data)
     # one choice for both, which the data make
     spread = densities.dequantiser(model, x, dequantise, quiet)
     trace = None if probes is None else Hutchinson(probes) if probes else ExactTrace(most=10**9)
@@ -348,10 +348,15 @@ def _beside(model: DiffusionModel, n: int) -> Tensor | None:
         return None
 
 
-def _check_place(path: Path) -> None:
+def _check_place(path: Path, data: str | None) -> None:
     """Refuses a place for likelihoods before the work."""
     if path.suffix.lower() != ".csv":
         raise UsageError(f"likelihoods are written as .csv, not {path.name!r}")
+    if data is not None and Path(data).resolve() in (
+        path.resolve(),
+        path.with_suffix(".png").resolve(),
+    ):
+        raise UsageError(f"{path} would be written over the data; choose another --out")
     folder = next(p for p in path.absolute().parents if p.exists())
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         where = "it is a folder" if path.is_dir() else f"{folder} is no folder to write to"
@@ -378,14 +383,17 @@ def _tell(
     as_json: bool,
 ) -> None:
     """Prints means, and how well DATA and held-out data can be told apart."""
-    from kakusan.densities import told_apart
+    from kakusan.judging import told_apart
 
     bits, nats = found.bits_per_dim, found.value
     apart = None if held is None else told_apart(found, held)
     if as_json:
         numbers: dict[str, Any] = {
             "n": bits.n, "asked": asked, "how": found.how, "log_prob": nats.mean().item(),
-            "bits_per_dim": bits.value, "std_error": bits.std_error,
+            "bits_per_dim": bits.value, "std_error": bits.std_error, "d": found.d,
+            "probe_std_error": found.std_error.mean().item(),
+            "solver_error": found.solver_error.mean().item(), "finer_steps": found.left,
+            "prior_gap": found.prior_gap.mean().item(),
         }  # fmt: skip
         if held is not None and apart is not None:
             other = held.bits_per_dim

@@ -334,7 +334,7 @@ def test_expected_shares_are_those_of_gaussian_data():
     process = ddpm(30)
     chain, n = Chain(process), 3000
     x0 = 0.6 * torch.randn(n, 1, generator=torch.Generator().manual_seed(0), dtype=F64)
-    found = bound(gaussian(process, 0.0, S2), x0, chain, batch=n)
+    found = bound(gaussian(process, 0.0, S2), x0, chain, Small(), batch=n)
     shares = expected(chain, 0.6, even=0.0)[1:]
     total = found.terms.sum()
     assert ((shares * total - found.terms).abs() < 5 * found.std_error).all()

@@ -116,7 +116,8 @@ def flow_of(model: Any) -> SDE:
         return model
     raise KakusanError(
         f"a likelihood needs a denoiser, its score or an ODE, not {type(model).__name__}; "
-        "AngularFlow(process, score) makes a flow of any score"
+        "AngularFlow(process, score) makes a flow of any score, and a DiffusionModel has a "
+        "log_prob of its own"
     )
 
 
@@ -283,6 +284,17 @@ def _check(flow: SDE, x: State, method: Method, grid: Tensor | None) -> None:
             f"data are floating-point tensors of shape (B, *shape), got {x.dtype} of shape "
             f"{tuple(x.shape)}"
         )
+    if len(x) == 0:
+        raise KakusanError("there is no sample to find the likelihood of")
+    if grid is not None:
+        ends, span = grid.flatten()[[0, -1]].tolist(), flow.span
+        if any(
+            abs(a - b) > 1e-6 * abs(span[1] - span[0]) for a, b in zip(ends, span, strict=True)
+        ):
+            raise KakusanError(
+                f"a grid goes from the data at t={span[0]:g} to the noise at t={span[1]:g}, and "
+                f"this one from {ends[0]:g} to {ends[1]:g}"
+            )
     bad = ~x.detach().flatten(1).isfinite().all(1)
     if bad.any():
         raise KakusanError(f"sample {int(bad.nonzero()[0])} of the data is not finite")

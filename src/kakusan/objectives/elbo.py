@@ -42,6 +42,7 @@ from kakusan.errors import UsageError
 from kakusan.objectives.chain import (
     Ask,
     Chain,
+    Large,
     Model,
     Small,
     Variance,
@@ -170,7 +171,8 @@ def bound(
         x0: Data, (N, *shape).
         chain: The times; by default the knots of DDPM, or 1000 times even in angle from where the
             decoder starts.
-        variance: That of the model's steps; `Small` by default.
+        variance: That of the model's steps; by default `Small` for the decoder of whole numbers,
+            and `Large` for that of reals, which `Small` never reaches.
         decoder: `GaussianDecoder` by default.
         seed: Fixes the noise of each sample, for every batch size.
         times: How many terms to draw for each sample, by importance and unbiased; all by default.
@@ -190,7 +192,9 @@ def bound(
         >>> found.value.shape, found.terms.shape
         (torch.Size([5]), torch.Size([2]))
     """
-    variance, decoder = variance or Small(), decoder or GaussianDecoder()
+    decoder = decoder or GaussianDecoder()
+    if variance is None:
+        variance = Large() if isinstance(decoder, GaussianDecoder) else Small()
     if chain is None:
         process = process_of(model)
         own = isinstance(process, DDPM)

@@ -260,6 +260,11 @@ class FlowMatching(Objective):
         one = torch.ones_like(t)
         line = torch.func.jvp(lambda t: self.process.noised(x0, eps, t), (t,), (one,))
         x, dx = line[0], line[1]  # the value and its slope
+        if not dx.sum().isfinite():
+            raise KakusanError(
+                f"dx_t/dt is infinite at t={t.min().item():g}, where sigma starts like a root; "
+                f"take times from {self.process.span[0]:g} on"
+            )
         return _half(_asked(score, x, t) - dx)
 
 

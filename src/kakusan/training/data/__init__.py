@@ -14,6 +14,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 from torch import Tensor
@@ -37,7 +38,7 @@ from kakusan.training.data.sources import Data as Data
 from kakusan.training.data.sources import Found, Part, same_layout, split
 from kakusan.training.data.sources import Source as Source
 from kakusan.training.data.sources import Stream as Stream
-from kakusan.training.data.tables import read_table
+from kakusan.training.data.tables import TableRows, read_table
 from kakusan.training.data.toys import TOYS, read_digits, read_toy
 
 # what each kind of source does with the options that not every source has
@@ -114,11 +115,22 @@ def rows_of(config: DataConfig, source: str, seed: int, codec: Codec) -> tuple[P
     index = np.arange(len(found.rows))
     if not len(index):
         raise KakusanError(f"{found.rows.name} is empty: there is no sample in it")
-    other = found.rows.fit(index[:2])
-    if not _fewer_levels(codec, other):
-        same_layout(codec, other, found.rows.name, "the model was trained on")
+    other, rows = found.rows.fit(index[:2]), found.rows
+    if isinstance(rows, TableRows) and _same_columns(codec, other):
+        # by the model's own levels: a few rows need not hold all of them
+        rows = TableRows(rows.table, codec, rows.name)
+    elif not _fewer_levels(codec, other):
+        same_layout(codec, other, rows.name, "the model was trained on")
     name = Path(source.removeprefix("hub:")).name.split(".")[0] or "data"
-    return Part(found.rows, index, found.labels, codec), name
+    return Part(rows, index, found.labels, codec), name
+
+
+def _same_columns(codec: Codec, found: Codec) -> TypeGuard[TableCodec]:
+    """Whether a table has the columns of a codec, in any order and among others."""
+    if not isinstance(codec, TableCodec) or not isinstance(found, TableCodec):
+        return False
+    kinds = {c.name: type(c) for c in found.columns}
+    return all(kinds.get(c.name) is type(c) for c in codec.columns)
 
 
 def _fewer_levels(codec: Codec, found: Codec) -> bool:
