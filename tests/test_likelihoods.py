@@ -499,6 +499,7 @@ def test_every_mistake_is_a_sentence(kakusan_, runs, tmp_path):
     np.save("hole.npy", hole)
     np.save("ok.npy", g.normal(size=(4, 2)))
     (tmp_path / "t.csv").write_text("a,b\n1,2\n3,4\n")
+    (tmp_path / "fine.csv").write_text("height,count,kind\n0.1,3,a\n")
     (tmp_path / "black.csv").write_text("height,count,kind\n0.1,3,c\n")
     (tmp_path / "file").write_text("")
     for code, words, said in (
@@ -528,7 +529,7 @@ def test_every_mistake_is_a_sentence(kakusan_, runs, tmp_path):
         (2, (digits, "--label", "11", *u), "no class '11'; this model knows 0, 1"),
         (1, (rows, "black.csv", *u), "column 'kind' holds 'c', which is none of the 2 levels"),
         (1, (rows, "t.csv", *u), "but t.csv holds tables with the columns a (int64)"),
-        (2, (rows, "black.csv", "--out", "black.csv", *u), "written over the data"),
+        (2, (rows, "fine.csv", "--out", "fine.csv", *u), "written over the data"),
     ):
         got, out, err = kakusan_("likelihood", *words)
         assert (got, out, err.count("\n")) == (code, "", 1), (words, got, out, err)

@@ -577,6 +577,12 @@ def test_bad_requests():
         encode(lambda x, t: x, x)
     with pytest.raises(KakusanError, match=r"exact trace in 3072 .* Hutchinson\(8\)"):
         log_prob(ode(lambda x, t: -x), torch.zeros(2, 3, 32, 32))
+    with pytest.raises(KakusanError, match="there is no sample"):
+        log_prob(model, x[:0])
+    for ends in ((0.0, 0.5), (1.0, 0.0)):
+        grid = torch.linspace(*ends, 11, dtype=F64)
+        with pytest.raises(KakusanError, match=r"from the data at t=0 to the noise at t=1, and"):
+            log_prob(ode(lambda x, t: -x), x, grid=grid)
     with pytest.raises(KakusanError, match="at most 2 probes are orthogonal, got 3"):
         log_prob(model, x, Hutchinson(3, Orthogonal()))
     for ask in (log_prob, encode):
