@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from kakusan.core import grids as grids
 
 # floor 0: core
-from kakusan.core.bits import bits_per_dim as bits_per_dim
 from kakusan.core.calculus import gram_divergence as gram_divergence
 from kakusan.core.calculus import probed_gram_divergence as probed_gram_divergence
 from kakusan.core.counter import Counter as Counter
@@ -26,44 +25,17 @@ from kakusan.core.operators import NotElliptic as NotElliptic
 from kakusan.core.operators import Operator as Operator
 from kakusan.core.operators import Scale as Scale
 from kakusan.core.operators import Zero as Zero
-from kakusan.core.trace import ExactTrace as ExactTrace
-from kakusan.core.trace import Hutchinson as Hutchinson
-from kakusan.core.trace import HutchPlusPlus as HutchPlusPlus
-from kakusan.core.trace import Normals as Normals
-from kakusan.core.trace import Orthogonal as Orthogonal
-from kakusan.core.trace import Signs as Signs
 from kakusan.errors import KakusanError as KakusanError
 from kakusan.errors import UsageError as UsageError
 
-# floor 4: inference
-from kakusan.inference.likelihood import LogProb as LogProb
-from kakusan.inference.likelihood import decode as decode
-from kakusan.inference.likelihood import encode as encode
-from kakusan.inference.likelihood import interpolate as interpolate
-from kakusan.inference.likelihood import log_prob as log_prob
-from kakusan.inference.weights import effective_sample_size as effective_sample_size
-from kakusan.inference.weights import log_mean_exp as log_mean_exp
-from kakusan.inference.weights import path_log_weights as path_log_weights
-
 # floor 3: models
 from kakusan.models.denoiser import Denoiser as Denoiser
-from kakusan.models.energy import Energy as Energy
 from kakusan.models.nets.mlp import MLP as MLP
 from kakusan.models.nets.unet import UNet as UNet
 from kakusan.models.score import ExactEmpirical as ExactEmpirical
 from kakusan.models.score import ExactMixture as ExactMixture
 
 # floor 3: objectives
-from kakusan.objectives.chain import Analytic as Analytic
-from kakusan.objectives.chain import Chain as Chain
-from kakusan.objectives.chain import Interpolated as Interpolated
-from kakusan.objectives.chain import Large as Large
-from kakusan.objectives.chain import Small as Small
-from kakusan.objectives.decoders import DiscretisedGaussian as DiscretisedGaussian
-from kakusan.objectives.decoders import GaussianDecoder as GaussianDecoder
-from kakusan.objectives.elbo import Bound as Bound
-from kakusan.objectives.elbo import bound as bound
-from kakusan.objectives.elbo import continuous_bound as continuous_bound
 from kakusan.objectives.matching import SNR as SNR
 from kakusan.objectives.matching import Denoising as Denoising
 from kakusan.objectives.matching import Importance as Importance
@@ -73,21 +45,9 @@ from kakusan.objectives.matching import LogNormal as LogNormal
 from kakusan.objectives.matching import Stratified as Stratified
 from kakusan.objectives.matching import Uniform as Uniform
 from kakusan.objectives.matching import UniformTimes as UniformTimes
-from kakusan.objectives.score_matching import Clean as Clean
-from kakusan.objectives.score_matching import DenoisingAt as DenoisingAt
-from kakusan.objectives.score_matching import Explicit as Explicit
-from kakusan.objectives.score_matching import FlowMatching as FlowMatching
-from kakusan.objectives.score_matching import Implicit as Implicit
-from kakusan.objectives.score_matching import OverTime as OverTime
-from kakusan.objectives.score_matching import Sliced as Sliced
-from kakusan.objectives.variational import Hybrid as Hybrid
-from kakusan.objectives.variational import Simple as Simple
-from kakusan.objectives.variational import Variational as Variational
 
 # floor 1: processes
 from kakusan.processes import betas as betas
-from kakusan.processes.betas import LearnedSchedule as LearnedSchedule
-from kakusan.processes.flow import AngularFlow as AngularFlow
 from kakusan.processes.linear import DDPM as DDPM
 from kakusan.processes.linear import EDM as EDM
 from kakusan.processes.linear import VE as VE
@@ -129,27 +89,16 @@ from kakusan.solvers.adaptive import DormandPrince as DormandPrince
 from kakusan.solvers.adaptive import Tally as Tally
 from kakusan.solvers.adjoint import Adjoint as Adjoint
 from kakusan.solvers.compiled import Compiled as Compiled
-from kakusan.solvers.corrector import NoiseLevel as NoiseLevel
-from kakusan.solvers.corrector import PredictorCorrector as PredictorCorrector
-from kakusan.solvers.corrector import SignalToNoise as SignalToNoise
-from kakusan.solvers.corrector import annealed_langevin as annealed_langevin
 from kakusan.solvers.exponential import Ancestral as Ancestral
 from kakusan.solvers.exponential import Multistep as Multistep
 from kakusan.solvers.exponential import generate as generate
 from kakusan.solvers.forms import NoiseForm as NoiseForm
 from kakusan.solvers.forms import noise_form as noise_form
-from kakusan.solvers.langevin import BAOAB as BAOAB
-from kakusan.solvers.langevin import MALA as MALA
-from kakusan.solvers.langevin import Acceptance as Acceptance
-from kakusan.solvers.langevin import kinetic_langevin as kinetic_langevin
-from kakusan.solvers.langevin import langevin as langevin
 from kakusan.solvers.methods import RK4 as RK4
 from kakusan.solvers.methods import Exact as Exact
 from kakusan.solvers.methods import Heun as Heun
 from kakusan.solvers.methods import Splitting as Splitting
 from kakusan.solvers.methods import TamedEuler as TamedEuler
-from kakusan.solvers.multilevel import Expectation as Expectation
-from kakusan.solvers.multilevel import expectation as expectation
 from kakusan.solvers.solve import Eager as Eager
 from kakusan.solvers.solve import Engine as Engine
 from kakusan.solvers.solve import EulerMaruyama as EulerMaruyama
@@ -164,15 +113,64 @@ from kakusan.solvers.weak import WeakSecond as WeakSecond
 if TYPE_CHECKING:
     from kakusan.certification import Certificate as Certificate
     from kakusan.certification import certify as certify
+    from kakusan.core.bits import bits_per_dim as bits_per_dim
+    from kakusan.core.trace import ExactTrace as ExactTrace
+    from kakusan.core.trace import Hutchinson as Hutchinson
+    from kakusan.core.trace import HutchPlusPlus as HutchPlusPlus
+    from kakusan.core.trace import Normals as Normals
+    from kakusan.core.trace import Orthogonal as Orthogonal
+    from kakusan.core.trace import Signs as Signs
+    from kakusan.inference.likelihood import LogProb as LogProb
+    from kakusan.inference.likelihood import decode as decode
+    from kakusan.inference.likelihood import encode as encode
+    from kakusan.inference.likelihood import interpolate as interpolate
+    from kakusan.inference.likelihood import log_prob as log_prob
+    from kakusan.inference.weights import effective_sample_size as effective_sample_size
+    from kakusan.inference.weights import log_mean_exp as log_mean_exp
+    from kakusan.inference.weights import path_log_weights as path_log_weights
     from kakusan.learn import learn_score as learn_score
+    from kakusan.models.energy import Energy as Energy
+    from kakusan.objectives.chain import Analytic as Analytic
+    from kakusan.objectives.chain import Chain as Chain
+    from kakusan.objectives.chain import Interpolated as Interpolated
+    from kakusan.objectives.chain import Large as Large
+    from kakusan.objectives.chain import Small as Small
+    from kakusan.objectives.decoders import DiscretisedGaussian as DiscretisedGaussian
+    from kakusan.objectives.decoders import GaussianDecoder as GaussianDecoder
+    from kakusan.objectives.elbo import Bound as Bound
+    from kakusan.objectives.elbo import bound as bound
+    from kakusan.objectives.elbo import continuous_bound as continuous_bound
     from kakusan.objectives.local import Local as Local
     from kakusan.objectives.local import Skorokhod as Skorokhod
+    from kakusan.objectives.score_matching import Clean as Clean
+    from kakusan.objectives.score_matching import DenoisingAt as DenoisingAt
+    from kakusan.objectives.score_matching import Explicit as Explicit
+    from kakusan.objectives.score_matching import FlowMatching as FlowMatching
+    from kakusan.objectives.score_matching import Implicit as Implicit
+    from kakusan.objectives.score_matching import OverTime as OverTime
+    from kakusan.objectives.score_matching import Sliced as Sliced
+    from kakusan.objectives.variational import Hybrid as Hybrid
+    from kakusan.objectives.variational import Simple as Simple
+    from kakusan.objectives.variational import Variational as Variational
     from kakusan.pipeline import DiffusionModel as DiffusionModel
+    from kakusan.processes.betas import LearnedSchedule as LearnedSchedule
+    from kakusan.processes.flow import AngularFlow as AngularFlow
+    from kakusan.solvers.corrector import NoiseLevel as NoiseLevel
+    from kakusan.solvers.corrector import PredictorCorrector as PredictorCorrector
+    from kakusan.solvers.corrector import SignalToNoise as SignalToNoise
+    from kakusan.solvers.corrector import annealed_langevin as annealed_langevin
+    from kakusan.solvers.langevin import BAOAB as BAOAB
+    from kakusan.solvers.langevin import MALA as MALA
+    from kakusan.solvers.langevin import Acceptance as Acceptance
+    from kakusan.solvers.langevin import kinetic_langevin as kinetic_langevin
+    from kakusan.solvers.langevin import langevin as langevin
+    from kakusan.solvers.multilevel import Expectation as Expectation
+    from kakusan.solvers.multilevel import expectation as expectation
     from kakusan.training.config import Config as Config
 
 __version__ = "0.1.0"
 
-# rooms that need more than torch: opened by name
+# rooms that need more than torch, or that not everybody enters: opened by name
 _ROOMS = {
     "DiffusionModel": "kakusan.pipeline",
     "Config": "kakusan.training.config",
@@ -181,6 +179,55 @@ _ROOMS = {
     "learn_score": "kakusan.learn",
     "Local": "kakusan.objectives.local",
     "Skorokhod": "kakusan.objectives.local",
+    "bits_per_dim": "kakusan.core.bits",
+    "ExactTrace": "kakusan.core.trace",
+    "Hutchinson": "kakusan.core.trace",
+    "HutchPlusPlus": "kakusan.core.trace",
+    "Normals": "kakusan.core.trace",
+    "Orthogonal": "kakusan.core.trace",
+    "Signs": "kakusan.core.trace",
+    "LogProb": "kakusan.inference.likelihood",
+    "decode": "kakusan.inference.likelihood",
+    "encode": "kakusan.inference.likelihood",
+    "interpolate": "kakusan.inference.likelihood",
+    "log_prob": "kakusan.inference.likelihood",
+    "effective_sample_size": "kakusan.inference.weights",
+    "log_mean_exp": "kakusan.inference.weights",
+    "path_log_weights": "kakusan.inference.weights",
+    "Energy": "kakusan.models.energy",
+    "Analytic": "kakusan.objectives.chain",
+    "Chain": "kakusan.objectives.chain",
+    "Interpolated": "kakusan.objectives.chain",
+    "Large": "kakusan.objectives.chain",
+    "Small": "kakusan.objectives.chain",
+    "DiscretisedGaussian": "kakusan.objectives.decoders",
+    "GaussianDecoder": "kakusan.objectives.decoders",
+    "Bound": "kakusan.objectives.elbo",
+    "bound": "kakusan.objectives.elbo",
+    "continuous_bound": "kakusan.objectives.elbo",
+    "Clean": "kakusan.objectives.score_matching",
+    "DenoisingAt": "kakusan.objectives.score_matching",
+    "Explicit": "kakusan.objectives.score_matching",
+    "FlowMatching": "kakusan.objectives.score_matching",
+    "Implicit": "kakusan.objectives.score_matching",
+    "OverTime": "kakusan.objectives.score_matching",
+    "Sliced": "kakusan.objectives.score_matching",
+    "Hybrid": "kakusan.objectives.variational",
+    "Simple": "kakusan.objectives.variational",
+    "Variational": "kakusan.objectives.variational",
+    "LearnedSchedule": "kakusan.processes.betas",
+    "AngularFlow": "kakusan.processes.flow",
+    "NoiseLevel": "kakusan.solvers.corrector",
+    "PredictorCorrector": "kakusan.solvers.corrector",
+    "SignalToNoise": "kakusan.solvers.corrector",
+    "annealed_langevin": "kakusan.solvers.corrector",
+    "BAOAB": "kakusan.solvers.langevin",
+    "MALA": "kakusan.solvers.langevin",
+    "Acceptance": "kakusan.solvers.langevin",
+    "kinetic_langevin": "kakusan.solvers.langevin",
+    "langevin": "kakusan.solvers.langevin",
+    "Expectation": "kakusan.solvers.multilevel",
+    "expectation": "kakusan.solvers.multilevel",
 }
 
 
@@ -188,3 +235,7 @@ def __getattr__(name: str) -> Any:
     if name in _ROOMS:
         return getattr(importlib.import_module(_ROOMS[name]), name)
     raise AttributeError(f"kakusan has no {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ROOMS})
