@@ -241,6 +241,8 @@ def _save_image(page: np.ndarray, path: Path) -> Path:
 
 def elbo_terms(found: Bound, path: Path) -> Path:
     """Draws a variational bound: each term over time, and how they add up to the whole."""
+    from matplotlib.ticker import LogLocator
+
     plt = _pyplot()
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(9.5, 3.8), layout="constrained", width_ratios=(2.4, 1)
@@ -254,6 +256,11 @@ def elbo_terms(found: Bound, path: Path) -> Path:
     # what is below a hundred-thousandth of the largest term adds nothing to the whole
     left.set(xscale="log", yscale="log", ylim=(max(1e-5 * top, 0.5 * terms.min()), 2 * top))
     left.set(xlabel="t: 0 data, end noise", ylabel="bits/dim of each term, +- 2 standard errors")
+    for axis in (left.xaxis, left.yaxis):
+        # matplotlib writes 3 x 10^-2 at each mark of a short logarithmic axis, one over the other
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")
     left.set_title(f"{len(found.terms)} terms of the bound, {len(found.prior)} samples")
     parts = {"decoder": -found.decoder, "chain": found.divergence, "prior": found.prior}
     values = [v.mean().item() / scale for v in parts.values()]
