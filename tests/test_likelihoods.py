@@ -567,6 +567,23 @@ def test_ctrl_c_keeps_the_rows_that_are_done(kakusan_, runs, monkeypatch):
     assert read("x.csv")[:4] == rows
 
 
+def test_ctrl_c_in_the_finer_steps_loses_no_row(runs, monkeypatch):
+    model, calls = DiffusionModel.load(runs / "points"), []
+    true = kakusan.inference.likelihood.log_prob
+
+    def impatient(*words, **options):
+        calls.append(1)
+        if len(calls) == 2:  # all rows were one batch: this is what is done again
+            raise KeyboardInterrupt
+        return true(*words, **options)
+
+    monkeypatch.setattr(kakusan.inference.likelihood, "log_prob", impatient)
+    x, _ = model.rows()
+    with pytest.raises(densities.Stopped) as stopped:
+        model.log_prob(x, tolerance=0.1)
+    assert len(stopped.value.found.value) == len(x) and math.isnan(stopped.value.found.left)
+
+
 def test_the_help_reads(kakusan_):
     code, out, _ = kakusan_("likelihood", "--help")
     assert code == 0 and "Example:" in out and "dequantise" in out

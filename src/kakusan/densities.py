@@ -44,7 +44,7 @@ from kakusan.objectives.decoders import GaussianDecoder
 from kakusan.objectives.elbo import Bound, bound, continuous_bound
 from kakusan.solvers.adaptive import DormandPrince
 from kakusan.training import build, files
-from kakusan.training.data import Codec, Stream, statistics
+from kakusan.training.data import Codec, Source, Stream, statistics
 from kakusan.training.progress import progress
 
 if TYPE_CHECKING:
@@ -125,30 +125,23 @@ def log_prob(
     spread = dequantiser(model, x, dequantise, quiet)
     d = math.prod(model.codec.shape)
     trace = trace or (ExactTrace() if d <= SMALL else Hutchinson(2))
-    parts = _parts(model, x, label, spread, trace, tolerance, seed, batch)
+    how, few = _words(trace, spread, d), x[:FEW]
     rows, done = [], 0
     with progress("likelihood", len(x), quiet=quiet) as advance:
         try:
-            for part in parts:
+            for part in _parts(model, x, label, spread, trace, tolerance, seed, batch):
                 rows.append(part)
                 done += part.shape[1]
                 advance(done)
+            given = None if label is None else label[:FEW]
+            finer = next(_parts(model, few, given, spread, trace, tolerance / 10, seed, FEW))
         except KeyboardInterrupt:
             if not rows:
                 raise
-            raise Stopped(_found(rows, d, _words(trace, spread, d))) from None
-    few = len(x[:FEW])
-    some = None if label is None else label[:few]
-    finer = _parts(model, x[:few], some, spread, trace, tolerance / 10, seed, few)
-    moved = next(finer)[0] - torch.cat(rows, 1)[0, :few]
-    found = _found(rows, d, _words(trace, spread, d), moved.mean().item())
-    _warn_of_steps(found, moved, tolerance)
-    if found.prior_gap[far := int(found.prior_gap.argmax())] > 1:
-        warnings.warn(
-            f"sample {far} is {found.prior_gap[far]:.2g} nats from where the process ends in "
-            "noise, too far for its value to say more than that",
-            stacklevel=2,
-        )
+            raise Stopped(_found(rows, d, how)) from None
+    moved = finer[0] - torch.cat(rows, 1)[0, :FEW]
+    found = _found(rows, d, how, moved.mean().item())
+    _warn(found, moved, tolerance)
     return found
 
 
@@ -157,8 +150,8 @@ def _found(rows: list[Tensor], d: int, how: str, left: float = math.nan) -> Like
     return Likelihoods(value, error, steps, gap, d, how, left)
 
 
-def _warn_of_steps(found: Likelihoods, moved: Tensor, tolerance: float) -> None:
-    """Where steps leave more than the samples' own spread, and more than a hundredth of a bit."""
+def _warn(found: Likelihoods, moved: Tensor, tolerance: float) -> None:
+    """Of steps that leave more than the samples' own spread, and of samples that are far off."""
     scale = found.d * math.log(2)
     blur = max(2 * found.bits_per_dim.std_error, 0.01) * scale
     if len(moved) > 1 and abs(found.left) > max(blur, 3 * moved.std().item() / len(moved) ** 0.5):
@@ -166,6 +159,12 @@ def _warn_of_steps(found: Likelihoods, moved: Tensor, tolerance: float) -> None:
             f"the steps are too long: a tenth of tolerance={tolerance:g} moves the first "
             f"{len(moved)} values by {found.left:+.3g} nats in the mean, "
             f"{-found.left / scale:+.2g} bits a dimension",
+            stacklevel=3,
+        )
+    if found.prior_gap[far := int(found.prior_gap.argmax())] > 1:
+        warnings.warn(
+            f"sample {far} is {found.prior_gap[far]:.2g} nats from where the process ends in "
+            "noise, too far for its value to say more than that",
             stacklevel=3,
         )
 
@@ -211,7 +210,7 @@ def _parts(
     """Value, standard error, solver error and prior gap of each batch, (4, b), on the CPU."""
     net, codec = model.denoiser, model.codec
     weight = next(net.parameters())  # where the network lives, and its precision
-    step = tolerance * _finest(codec)
+    step, unit = tolerance * _finest(codec), log_units(codec, spread)
     for i in range(0, len(x), batch):
         part = x[i : i + batch].to(weight)
         given = None if label is None else label[i : i + batch].to(weight.device)
@@ -223,7 +222,7 @@ def _parts(
             )
         except KakusanError as error:
             raise KakusanError(f"in the samples from number {i} on: {error}") from None
-        value = found.value - moved.log_q + log_units(codec, spread)
+        value = found.value - moved.log_q + unit
         errors = (found.std_error, found.solver_error, found.prior_gap)
         yield torch.stack([value, *errors]).cpu()
 
@@ -308,6 +307,13 @@ def carried(
             score = model.denoiser.given(label)
             parts.append(way(score, x[i : i + 256].to(weight)).cpu().to(x.dtype))
     return torch.cat(parts)
+
+
+def some(source: Source | Stream, most: int, seed: int) -> tuple[Tensor, Tensor | None]:
+    """At most so many samples with their labels: drawn by seed, or the first of a stream."""
+    if isinstance(source, Stream):
+        return statistics.first(source, most)
+    return judge.gather(source, most, seed)
 
 
 # --- the bound
@@ -419,11 +425,8 @@ def _stored(folder: Path) -> Variational | None:
 
 def _learned(model: DiffusionModel, quiet: bool) -> Variational:
     """Learned in 500 steps of 128 samples, and kept in the run folder where there is one."""
-    data, net = model.data_of_run().train, model.denoiser
-    if isinstance(data, Stream):
-        train, _ = statistics.first(data, MOST)
-    else:
-        train, _ = judge.gather(data, MOST, model.config.seed)
+    net = model.denoiser
+    train, _ = some(model.data_of_run().train, MOST, model.config.seed)
     device, steps = next(net.parameters()).device, 500
     x0, cells = train.to(device), model.codec.cells.to(device)
     with progress("dequantiser", steps, quiet=quiet) as advance:

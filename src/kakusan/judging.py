@@ -17,7 +17,7 @@ from kakusan.errors import KakusanError, UsageError
 from kakusan.inference import judge
 from kakusan.inference.levels import evenly
 from kakusan.inference.metrics.comparison import MEASUREMENTS
-from kakusan.training.data import Data, Stream, statistics
+from kakusan.training.data import Data, Stream
 from kakusan.training.progress import progress
 
 if TYPE_CHECKING:
@@ -48,12 +48,10 @@ def evaluate(
             f"the metrics need at least {LEAST} samples and held-out points, got n={n} and "
             f"{len(test)} held-out points"
         )
-    if isinstance(data.train, Stream):
-        train, train_label = statistics.first(data.train, limit)
-    else:
-        # enough to find copies in
-        most = max(limit, min(20 * n, ROOM // test[0].numel()))
-        train, train_label = judge.gather(data.train, most, seed)
+    # enough to find copies in
+    most = max(limit, min(20 * n, ROOM // test[0].numel()))
+    most = limit if isinstance(data.train, Stream) else most
+    train, train_label = densities.some(data.train, most, seed)
     # a wrong name should not cost the time of sampling
     named = judge.features_of(features, train, train_label)
     x = draw(n)
@@ -107,6 +105,3 @@ def told_apart(found: Likelihoods, held: Likelihoods) -> tuple[float, float]:
     q1, q2 = A / (2 - A), 2 * A**2 / (1 + A)
     spread = A * (1 - A) + (n - 1) * (q1 - A**2) + (m - 1) * (q2 - A**2)
     return area.item(), math.sqrt(max(spread, 0.0) / (n * m))
-
-
-# --- codes
