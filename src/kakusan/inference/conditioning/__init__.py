@@ -1,0 +1,1 @@
+"""Conditioning: tilts of a process towards what was seen, and paths drawn with them."""

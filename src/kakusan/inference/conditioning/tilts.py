@@ -1,0 +1,64 @@
+r"""A tilt: what has to be added to a process so that it ends where it was seen.
+
+With h(x, t; y) = p(Y = y | X_t = x), the process given Y = y has the drift f + GGᵀ ∇log h (Doob).
+A `Tilt` says ∇log h, or an approximation of it, for a whole family of values y. What moves a path
+is the *control* c = Gᵀ ∇log h, in units of the noise: a step adds G (h c + dw). Controls need no
+inverse of G, exist for degenerate noise, and E|c - c*|² / 2 is a rate of relative entropy.
+
+References:
+    Conditional Brownian motion and the boundary limits of harmonic functions (Doob, 1957)
+"""
+
+from __future__ import annotations
+
+import abc
+
+import torch
+from torch import Tensor
+
+from kakusan.core.types import Field, State, Time
+from kakusan.errors import KakusanError
+from kakusan.processes.sde import SDE
+from kakusan.processes.transforms import ito
+
+
+class Tilt(abc.ABC):
+    """∇log h of a process, for values y of shape (B, k).
+
+    Attributes:
+        sde: The process that is tilted, in the sense of Itô.
+    """
+
+    sde: SDE
+
+    @abc.abstractmethod
+    def score(self, x: State, t: Time, y: Tensor) -> State:
+        """∇log h(x, t; y), like x; t is () or (B,)."""
+
+    def control(self, x: State, t: Time, y: Tensor) -> Tensor:
+        """Gᵀ ∇log h, with the shape of the noise."""
+        return self.sde.diffusion(x, t).tmv(self.score(x, t, y))
+
+    def log_h(self, x: State, t: Time, y: Tensor) -> Tensor:
+        """Log h(x, t; y), (B,), where the tilt knows it."""
+        raise KakusanError(f"{type(self).__name__} knows the slope of log h, not its value")
+
+    def given(self, y: Tensor) -> Field:
+        """The field (x, t) -> ∇log h(x, t; y), for `kakusan.tilt`."""
+        return lambda x, t: self.score(x, t, y.expand(len(x), -1))
+
+
+class Untilted(Tilt):
+    """No tilt: h = 1."""
+
+    def __init__(self, sde: SDE) -> None:
+        self.sde = ito(sde)
+
+    def score(self, x: State, t: Time, y: Tensor) -> State:  # noqa: D102
+        return torch.zeros_like(x)
+
+    def control(self, x: State, t: Time, y: Tensor) -> Tensor:  # noqa: D102
+        return x.new_zeros(self.sde.noise_shape(x))
+
+    def log_h(self, x: State, t: Time, y: Tensor) -> Tensor:  # noqa: D102
+        return x.new_zeros(len(x))

@@ -1,0 +1,98 @@
+r"""Chains of Gaussian steps: what conditioning is exact for.
+
+.. math:: X_{k+1} = m_k(X_k) + G_k(X_k) \, dw_k, \qquad dw_k \sim N(0, h_k) .
+
+Each step is normal given the state before it, whatever the drift. Euler-Maruyama's steps of any
+SDE are of this form, of a reversed one too; so are the ancestral steps of a diffusion model, which
+turn the state in the angle and add noise. Densities of such a chain, and the weights that
+condition it, are exact at any step size; nothing needs the limit h -> 0.
+"""
+
+from __future__ import annotations
+
+import abc
+
+import torch
+from torch import Tensor
+
+from kakusan.core.operators import Operator
+from kakusan.core.types import State, advanced
+from kakusan.errors import KakusanError
+from kakusan.processes.sde import SDE
+from kakusan.processes.transforms import ito
+
+
+class GaussianSteps(abc.ABC):
+    """A chain of Gaussian steps along a grid of times.
+
+    Attributes:
+        grid: The N + 1 times, float64 and on the CPU.
+    """
+
+    grid: Tensor
+
+    @abc.abstractmethod
+    def mean(self, x: State, k: int) -> State:
+        """m_k(x), like x."""
+
+    @abc.abstractmethod
+    def operator(self, x: State, k: int) -> Operator:
+        """G_k(x)."""
+
+    @abc.abstractmethod
+    def noise_shape(self, x: State) -> tuple[int, ...]:
+        """The shape of dw beside x."""
+
+    def inside(self, x: State) -> Tensor:
+        """Which states are in the domain, (B,)."""
+        return torch.ones(len(x), dtype=torch.bool, device=x.device)
+
+    def __len__(self) -> int:
+        """The number of steps, N."""
+        return len(self.grid) - 1
+
+    def h(self, k: int) -> float:
+        """The variance of dw_k: the length of step k."""
+        return abs(self.grid[k + 1] - self.grid[k]).item()
+
+    def after(self, x: State, k: int, dw: Tensor) -> State:
+        """Step k with the increment dw."""
+        return self.operator(x, k).kick(self.mean(x, k), dw)
+
+
+class EulerSteps(GaussianSteps):
+    """The steps of Euler-Maruyama: m = x + f h.
+
+    Arguments:
+        sde: A process with noise, in the sense of Itô unless it is a `Stratonovich`.
+        grid: The times, along the arrow of the process.
+
+    Example:
+        >>> from kakusan.core.operators import Scale
+        >>> sde = SDE.of(lambda x, t: -x, Scale(2.0))
+        >>> steps = EulerSteps(sde, torch.tensor([0.0, 0.5, 1.0]))
+        >>> steps.after(torch.ones(1, 1), 0, torch.tensor([[0.25]]))
+        tensor([[1.]])
+    """
+
+    def __init__(self, sde: SDE, grid: Tensor) -> None:
+        self.sde, self.grid = ito(sde), torch.as_tensor(grid, dtype=torch.float64, device="cpu")
+        h = self.grid.diff()
+        if self.grid.ndim != 1 or not len(h) or not (h * self.sde.direction > 0).all():
+            raise KakusanError(
+                f"a grid is a row of times along the arrow of the process, which runs from "
+                f"t={sde.span[0]:g} to t={sde.span[1]:g}; got {self.grid.tolist()[:8]}"
+            )
+        self.points, self.lengths = self.grid.unbind(), h.tolist()
+
+    def mean(self, x: State, k: int) -> State:  # noqa: D102
+        return advanced(x, self.sde.drift(x, self.points[k]), self.lengths[k])
+
+    def operator(self, x: State, k: int) -> Operator:  # noqa: D102
+        return self.sde.diffusion(x, self.points[k])
+
+    def noise_shape(self, x: State) -> tuple[int, ...]:  # noqa: D102
+        return tuple(self.sde.noise_shape(x))
+
+    def inside(self, x: State) -> Tensor:  # noqa: D102
+        return self.sde.inside(x)
