@@ -149,7 +149,7 @@ def learn_score(
     # a net, and starts that are a function, may draw from the global generator
     with torch.random.fork_rng():
         torch.manual_seed(mix(seed))
-        draw = _Draw(sde, _starts(starts), grid, paths, seed)
+        draw = _Draw(sde, states_of(starts), grid, paths, seed)
         score, chain = _tables(draw, goal, net)
         average, pools = Average(score.net, ema), 0
         optimizer = torch.optim.Adam(score.net.parameters(), lr, fused=True)
@@ -333,7 +333,7 @@ def _judged(draw: _Draw, chain: _Chain) -> tuple[float, float, float]:
 # --- the door
 
 
-def _starts(starts: Starts) -> Callable[[int, torch.Generator], State]:
+def states_of(starts: Starts) -> Callable[[int, torch.Generator], State]:
     """A function from n and a generator to n states."""
     if not isinstance(starts, Tensor):
         if not callable(starts):

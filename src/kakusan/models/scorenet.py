@@ -28,6 +28,24 @@ from kakusan.models.nets.embeddings import sinusoids
 TENTH = 0.1
 
 
+def stacked(inputs: int, outputs: int, width: int, depth: int) -> nn.Sequential:
+    """Layers with SiLU between them, the last of them zero at the start."""
+    units = [inputs, *[width] * depth]
+    layers: list[nn.Module] = []
+    for a, b in zip(units[:-1], units[1:], strict=True):
+        layers += [nn.Linear(a, b), nn.SiLU()]
+    last = nn.Linear(units[-1], outputs)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(*layers, last)
+
+
+def octaves(level: Tensor, frequencies: int) -> Tensor:
+    """Cosines and sines of a level, (n, 2 frequencies), from a quarter turn on in octaves."""
+    highest = math.pi / 2 * 2 ** (frequencies - 1)
+    return sinusoids(level.reshape(-1), 2 * frequencies, highest=highest)
+
+
 class Perceptron(nn.Module):
     """A plain multilayer perceptron (y, level) -> like y, zero at the start.
 
@@ -46,20 +64,11 @@ class Perceptron(nn.Module):
     ) -> None:
         super().__init__()
         size, self.frequencies = math.prod(shape), frequencies
-        units = [size + 2 * frequencies, *[width] * depth]
-        layers: list[nn.Module] = []
-        for a, b in zip(units[:-1], units[1:], strict=True):
-            layers += [nn.Linear(a, b), nn.SiLU()]
-        last = nn.Linear(units[-1], size)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        self.layers = nn.Sequential(*layers, last)
+        self.layers = stacked(size + 2 * frequencies, size, width, depth)
 
     def forward(self, y: Tensor, level: Tensor) -> Tensor:
         """Evaluates the network, on y of shape (B, *shape) and levels in [0, 1], () or (B,)."""
-        highest = math.pi / 2 * 2 ** (self.frequencies - 1)
-        told = sinusoids(level.reshape(-1), 2 * self.frequencies, highest=highest)
-        told = told.to(y.dtype).expand(len(y), -1)
+        told = octaves(level, self.frequencies).to(y.dtype).expand(len(y), -1)
         return self.layers(torch.cat([y.flatten(1), told], 1)).view(y.shape)
 
 

@@ -56,6 +56,10 @@ class Observation(abc.ABC):
         """The observations one by one: when, what, and which numbers of y are theirs."""
         return [(end, self, slice(None))]
 
+    def left(self, t: Tensor, end: float) -> Tensor:
+        """The time until something is seen next; t is () or (B,)."""
+        return (end - t).abs()
+
     def value(self, y: Any, x: State) -> Tensor:
         """A value as a person writes it, as (len(x), k) beside the states x.
 
@@ -330,11 +334,19 @@ class Series(Observation):
             lo += k
         return out
 
+    def left(self, t: Tensor, end: float) -> Tensor:  # noqa: D102
+        times = torch.tensor(list(self.seen), dtype=t.dtype, device=t.device)
+        way = (times - t.unsqueeze(-1)) * (1 if end >= float(t.min()) else -1)
+        return torch.where(way > 0, way, math.inf).amin(-1)
+
     def draw(self, x: State, source: torch.Generator | None = None) -> Tensor:  # noqa: D102
         raise KakusanError("a Series is seen along a path: draw its parts at their times")
 
     def log_likelihood(self, y: Tensor, x: State) -> Tensor:  # noqa: D102
         raise KakusanError("a Series is seen along a path: ask its parts at their times")
+
+    def told(self, y: Tensor) -> Tensor:  # noqa: D102
+        return torch.cat([part.told(y[:, own]) for _, part, own in self.parts(math.nan)], 1)
 
     def __repr__(self) -> str:
         return f"Series({self.seen})"

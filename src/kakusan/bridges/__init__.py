@@ -1,0 +1,273 @@
+r"""Learns to condition any SDE on what is seen of its end: write f and G, and say what was seen.
+
+Paths of the chain are simulated without any condition, Y is drawn from each, and a network is
+fitted to path weights S_k (`objectives.malliavin`) for which
+
+.. math:: E[S_k \mid X_k = x, Y = y] = \nabla_x \log p(Y = y \mid X_k = x)
+
+*exactly*, whatever the steps. So the function of (x, t, y) with the least squared error to the
+weights is the tilt of every bridge at once: y may be X_T itself, a coordinate, a class, a set. No
+likelihood is differentiated and no time reversed.
+
+What is fitted is the control GᵀS in units of the noise, over the closed-form pull c_0, and its
+squared error is weighted with the time τ that is left: up to the pull's own blow-up the sum of
+these errors is a relative entropy between the laws of paths, for all y together.
+
+Where the paths seldom or never come to y, they are made to: `ends` names values, paths are drawn
+*towards* them with the tilt as it is so far, each with its weight dP/dQ (Girsanov, exact for the
+chain), and the tilt is fitted to the weighted paths; the better it gets, the more equal the
+weights. Weights that are too unequal are flattened for as long as they are.
+
+References:
+    Conditioning diffusions using Malliavin calculus (Pidstrigach et al., 2025), arXiv 2504.03461
+    The cross-entropy method (Rubinstein and Kroese, 2004)
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kakusan.bridges.bridge import Bridge as Bridge
+from kakusan.bridges.bridge import Report as Report
+from kakusan.bridges.walks import (
+    FIRST,
+    HELD_OUT,
+    Pool,
+    Task,
+    Walk,
+    grid_of,
+    pools_of,
+)
+from kakusan.core.noise import generator, mix
+from kakusan.core.operators import NotElliptic
+from kakusan.errors import KakusanError
+from kakusan.inference.conditioning.learned import BridgeTilt
+from kakusan.inference.conditioning.tilts import Tilt
+from kakusan.learn import Starts
+from kakusan.models.bridgenet import BridgeNet
+from kakusan.objectives.covering import Covering
+from kakusan.objectives.malliavin import PathWeight, Window
+from kakusan.processes.observations import Observation, Terminal
+from kakusan.processes.sde import SDE
+from kakusan.solvers.gaussian import EulerSteps, GaussianSteps
+from kakusan.training.ema import Average
+from kakusan.training.progress import progress
+
+SEEN = 1 << 14  # values kept to know where paths came
+
+
+def learn_bridge(
+    process: SDE | GaussianSteps,
+    start: Starts,
+    observe: Observation | None = None,
+    ends: Any = None,
+    *,
+    steps: int = 200,
+    grid: Tensor | None = None,
+    horizons: bool = False,
+    weights: PathWeight | Covering | None = None,
+    base: Tilt | None = None,
+    net: nn.Module | None = None,
+    width: int = 128,
+    depth: int = 3,
+    iterations: int = 4000,
+    batch: int = 2048,
+    paths: int = 2048,
+    times: int = 32,
+    visits: int = 2,
+    lr: float = 3e-3,
+    ema: float = 0.999,
+    seed: int = 0,
+    quiet: bool = False,
+) -> Bridge:
+    """Learns the tilt of a process towards what is seen of its end, for all values at once.
+
+    Arguments:
+        process: An SDE, in the sense of Itô unless it is a `Stratonovich`; or any chain of
+            Gaussian steps, as the reverse of a diffusion model is.
+        start: Where paths start: one state in a tensor of one dimension, else states
+            (n, *shape) to draw from, or a function from n to n states: the bridge then serves all
+            of them.
+        observe: What is seen; the end of the path, `Terminal()`, by default.
+        ends: Values to draw paths towards, one or several (n, k), where paths of their own accord
+            seldom come: the bridge then serves these alone. By default it serves all values that
+            paths come to.
+        steps: The number of equal steps over the span of an SDE.
+        grid: The times to step along instead.
+        horizons: Whether to serve earlier ends as well: for autonomous processes, all bridges that
+            are shorter than the span.
+        weights: What is regressed on; by default `Window()`, with the window that has the least
+            variance, and `Covering()` where G has no inverse.
+        base: The pull that the network corrects; by default `Pull`, or `LinearTilt.around` the
+            mean of the ends where G has no inverse.
+        net: A network (x, pull, y, levels) -> like the pull; see `BridgeNet`.
+        width: The number of hidden units of the default network.
+        depth: The number of its hidden layers.
+        iterations: How many steps the optimiser takes.
+        batch: How many states a step sees.
+        paths: How many paths are simulated at a time.
+        times: At how many random times a path is used.
+        visits: How often each of these states is seen before the paths are replaced.
+        lr: Where the learning rate starts; it falls to zero along half a cosine.
+        ema: The decay of the average of the weights, which is what is returned.
+        seed: All numbers are functions of it.
+        quiet: Whether to show no progress, as where standard error is no terminal.
+
+    Raises:
+        KakusanError: If starts or values do not fit, or paths or losses stop being finite.
+        NotElliptic: If noise does not reach what is seen.
+
+    Example:
+        >>> from kakusan.processes.zoo import DoubleWell
+        >>> bridge = learn_bridge(DoubleWell(v=1.0), torch.ones(1), iterations=30, steps=20)
+        >>> paths = bridge.sample(torch.ones(1), y=-1.0, n=5)
+        >>> paths.end.flatten().tolist()
+        [-1.0, -1.0, -1.0, -1.0, -1.0]
+    """
+    began = time.perf_counter()
+    numbers = {"steps": steps, "iterations": iterations, "batch": batch, "paths": paths}
+    for name, value in (numbers | {"times": times, "visits": visits}).items():
+        if value < 1:
+            raise KakusanError(f"{name} must be at least 1, got {value}")
+    observe = observe or Terminal()
+    if isinstance(process, SDE):
+        process = EulerSteps(process, grid_of(process, observe, steps, grid))
+    # a net, and starts that are a function, may draw from the global generator
+    with torch.random.fork_rng():
+        torch.manual_seed(mix(seed))
+        task = Task.of(process, start, observe, ends, horizons, paths, base, seed)
+        task, model, first = _prepared(task, weights, net, width, depth)
+        average, walks = Average(model, ema), 0
+        optimizer = torch.optim.Adam(model.parameters(), lr, fused=True)
+        loss = math.nan
+        with progress("bridge", iterations, quiet=quiet) as advance:
+            batches = _batches(task, average, times, visits, batch)
+            for k in range(iterations):
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * k / iterations))
+                walks, walk, pool = next(batches)
+                error = _error(model, pool)
+                error.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                average.update(model, k)
+                first.add(walk)
+                if k % 50 == 0 or k + 1 == iterations:
+                    loss = _finite(error.item(), k)
+                    advance(k + 1, f"loss {loss:.4f}")
+        model, ess = average.model, first.ess
+        explained = _trusted(task, model, times)
+    report = Report(
+        explained, ess, repr(task.weights), iterations, (walks + 2) * paths,
+        time.perf_counter() - began,
+    )  # fmt: skip
+    tilt = BridgeTilt(task.base, observe, model, task.end(len(process)))
+    return Bridge(tilt, process, first.values(), ends is not None, horizons, report)
+
+
+def _error(model: BridgeNet, pool: Pool) -> Tensor:
+    out = model(pool.x, pool.pull, pool.y, pool.t, pool.left)
+    return (pool.weight * (out - pool.goal).square().flatten(1).mean(1)).mean()
+
+
+def _finite(loss: float, step: int) -> float:
+    if not math.isfinite(loss):
+        raise KakusanError(f"the loss is {loss} at step {step}; try a smaller lr")
+    return loss
+
+
+def _prepared(
+    task: Task, weights: PathWeight | Covering | None, net: nn.Module | None, width: int,
+    depth: int,
+) -> tuple[Task, BridgeNet, _Values]:  # fmt: skip
+    """Weights with the window of least variance, and a network in the units of paths."""
+    walk = task.walk(FIRST, task.base)
+    path = walk.path
+    kind = weights or Window()
+    try:
+        chosen = kind.chosen(task.steps, path, walk.last)
+    except NotElliptic:
+        if weights is not None:
+            raise
+        chosen = Covering().chosen(task.steps, path, walk.last)
+    shape, noise = tuple(path.x.shape[2:]), tuple(task.steps.noise_shape(path.x[0])[1:])
+    told = task.observe.told(walk.y)
+    span = (task.end(0), task.end(len(task.steps)))
+    model = BridgeNet(shape, noise, span, path.x.flatten(0, 1), told, width, depth, net)
+    blind = 0
+    if isinstance(chosen, Covering):
+        blind = walk.last - 1 - chosen.latest(task.steps, path, walk.last)
+    task = task._replace(weights=chosen, blind=blind)
+    return task, model.to(path.x.device), _Values(task.observe, walk)
+
+
+class _Values:
+    """Values that paths came to, and how equal their weights are."""
+
+    def __init__(self, observe: Observation, walk: Walk) -> None:
+        self.observe, self.kept, self.last, self.ess = observe, [], -1, walk.ess
+        self.add(walk)
+
+    def add(self, walk: Walk) -> None:
+        """Keeps some of a walk that was not seen before."""
+        if id(walk.y) == self.last:
+            return
+        self.last, self.ess = id(walk.y), walk.ess
+        if sum(map(len, self.kept)) < SEEN:
+            self.kept.append(self.observe.told(walk.y).float().cpu())
+
+    def values(self) -> Tensor:
+        """What is told of them, (n, j)."""
+        return torch.cat(self.kept)[:SEEN]
+
+
+def _batches(
+    task: Task, average: Average[BridgeNet], times: int, visits: int, batch: int
+) -> Iterator[tuple[int, Walk, Pool]]:
+    """Batches without end, each with the number of the walk it is from."""
+    number = 0
+    while True:
+        number += 1
+        tilt = BridgeTilt(task.base, task.observe, average.model, task.end(len(task.steps)))
+        walk = task.walk(number, tilt)
+        g = generator(task.seed, number, 4)
+        # one random time in each of as many equal parts of the path
+        n = max(1, walk.last - task.blind)
+        u = torch.rand(times, generator=g, dtype=torch.float64)
+        at = ((torch.arange(times) + u) * n / times).long().clamp(max=n - 1)
+        pools = pools_of(task, walk, sorted(set(at.tolist())), tilt)
+        pool = Pool(*(torch.cat(parts) for parts in zip(*pools, strict=True)))
+        for _ in range(visits):
+            for rows in torch.randperm(len(pool.x), generator=g).split(batch):
+                rows = rows.to(pool.x.device)
+                yield number, walk, Pool(*(part[rows] for part in pool))
+
+
+@torch.no_grad()
+def _trusted(task: Task, model: BridgeNet, times: int) -> float:
+    """Sets the factor of the network with the least error on unseen paths; what it explains.
+
+    None at all unless what it explains is beyond two standard errors.
+    """
+    tilt = BridgeTilt(task.base, task.observe, model, task.end(len(task.steps)))
+    walk = task.walk(HELD_OUT, tilt)
+    n = walk.last - task.blind
+    at = torch.linspace(0, n - 1, times).round().long().unique().tolist()
+    along = torch.zeros(len(walk.y), dtype=torch.float64)
+    square = whole = 1e-12
+    for pool in pools_of(task, walk, at, tilt):
+        out = model(pool.x, pool.pull, pool.y, pool.t, pool.left)
+        along += (pool.weight * (out * pool.goal).flatten(1).sum(1)).double().cpu()
+        square += out.square().flatten(1).sum(1).dot(pool.weight).item()
+        whole += pool.goal.square().flatten(1).sum(1).dot(pool.weight).item()
+    total, error = along.sum().item(), along.std().item() * len(along) ** 0.5
+    trust = min(1.0, total / square) if total > 2 * error else 0.0
+    model.trust.fill_(trust)
+    return (2 * trust * total - trust**2 * square) / whole

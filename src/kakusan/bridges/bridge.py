@@ -1,0 +1,160 @@
+"""A process that can be conditioned."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kakusan.bridges.walks import check_inside
+from kakusan.core import grids
+from kakusan.core.noise import Keyed, Noise
+from kakusan.core.types import State, Time
+from kakusan.errors import KakusanError
+from kakusan.inference.conditioning.finish import End
+from kakusan.inference.conditioning.learned import BridgeTilt
+from kakusan.inference.conditioning.paths import Conditioned, conditioned
+from kakusan.solvers.gaussian import EulerSteps, GaussianSteps
+
+
+class Report(NamedTuple):
+    """What training has to say.
+
+    Attributes:
+        explained: The share of the weights' mean square, beyond the pull, that the tilt explains
+            on held-out paths. The rest is mostly the weights' own variance, which no tilt can.
+        ess: The effective share of the last paths drawn towards the ends; 1 without ends.
+        weights: The path weights that were used.
+        iterations: Steps of the optimiser.
+        paths: Paths that were simulated.
+        seconds: How long it took.
+    """
+
+    explained: float
+    ess: float
+    weights: str
+    iterations: int
+    paths: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Bridge:
+    """A process that can be conditioned: what `learn_bridge` returns.
+
+    Attributes:
+        tilt: ∇log p(Y = y | X_t = x), as a `Tilt`.
+        steps: The chain it was learned on.
+        values: What was told of values that paths came to, (n, j).
+        guided: Whether it serves those alone that it was drawn towards.
+        horizons: Whether it serves earlier ends.
+        report: What training had to say.
+    """
+
+    tilt: BridgeTilt
+    steps: GaussianSteps
+    values: Tensor
+    guided: bool = False
+    horizons: bool = False
+    report: Report | None = None
+
+    def score(self, x: State, t: float | Time, y: Any) -> State:
+        """∇_x log p(Y = y | X_t = x), like x; t is () or (B,)."""
+        t = torch.as_tensor(t, dtype=torch.float64)
+        return self.tilt.score(x, t, self.tilt.observation.value(y, x))
+
+    def control(self, x: State, t: float | Time, y: Any) -> Tensor:
+        """Gᵀ∇_x log p(Y = y | X_t = x), in units of the noise."""
+        t = torch.as_tensor(t, dtype=torch.float64)
+        return self.tilt.control(x, t, self.tilt.observation.value(y, x))
+
+    def until(self, end: float) -> Bridge:
+        """The bridge that ends earlier; learned with `horizons=True`."""
+        if not self.horizons and end != self.tilt.end:
+            raise KakusanError(
+                f"this bridge ends at t={self.tilt.end:g} alone; learn_bridge(..., horizons=True) "
+                "serves all earlier ends"
+            )
+        start, last = self.steps.grid[0].item(), self.steps.grid[-1].item()
+        if not 0 < (end - start) * (last - start) <= (last - start) ** 2:
+            raise KakusanError(f"a bridge ends after t={start:g} and up to t={last:g}, not {end}")
+        base = type(self.tilt.base)(self.tilt.sde, self.tilt.observation, end)  # pyright: ignore
+        tilt = BridgeTilt(base, self.tilt.observation, self.tilt.net, end)
+        share = (end - start) / (last - start)
+        grid = grids.uniform(start, end, max(1, round(share * len(self.steps))))
+        return Bridge(
+            tilt, EulerSteps(self.steps.sde, grid), self.values, self.guided, True, self.report
+        )
+
+    def sample(
+        self,
+        x0: Tensor,
+        y: Any,
+        n: int = 1000,
+        *,
+        steps: int | None = None,
+        grid: Tensor | None = None,
+        end: End | None = None,
+        seed: int = 0,
+        noise: Noise | None = None,
+        keep: bool = True,
+    ) -> Conditioned:
+        """Draws n paths from x0 given Y = y, with the weights that make their law exact.
+
+        Arguments:
+            x0: Where they start: a state (*shape), or n of them.
+            y: The value: one for all, or (n, k).
+            n: How many.
+            steps: A number of equal steps instead of those it was learned on.
+            grid: Times instead.
+            end: How they end; `Pinned()` by default, in y exactly.
+            seed: Fixes each path, whatever n.
+            noise: Where the numbers come from, instead of a seed.
+            keep: Whether to keep all states or the last alone.
+        """
+        shape = self.tilt.net.shape
+        x = torch.as_tensor(x0)
+        x = x.expand(n, *shape) if tuple(x.shape) == shape else x
+        if tuple(x.shape) != (n, *shape) or not x.is_floating_point():
+            raise KakusanError(
+                f"a start is a state of shape {shape}, or {n} of them, in floating point; got "
+                f"{x.dtype} of shape {tuple(x.shape)}"
+            )
+        if steps is not None:
+            grid = grids.uniform(self.steps.grid[0].item(), self.steps.grid[-1].item(), steps)
+        chain = self.steps if grid is None else EulerSteps(self.steps.sde, grid)
+        observe = self.tilt.observation
+        values = observe.value(y, x)
+        check_inside(chain, observe, values, x)
+        self._warn(values)
+        with torch.no_grad():
+            return conditioned(
+                chain, x.contiguous(), self.tilt, observe, values, noise=noise or Keyed(seed),
+                end=end, keep=keep,
+            )  # fmt: skip
+
+    def _warn(self, y: Tensor) -> None:
+        """Says so where a value is far from all that paths came to."""
+        told = self.tilt.observation.told(y[:64]).float().cpu()
+        scale = self.tilt.net.y_std.cpu()
+        known = self.values / scale
+        gap, usual = nearest(told / scale, known), 0.0
+        if len(known) > 2:
+            usual = nearest(known[:512], known[512:] if len(known) > 1024 else known[1:]).max()
+        if gap.max() > 3 * usual + 1e-6:
+            i = int(gap.argmax())
+            kind = "the values it was learned for" if self.guided else "all that paths came to"
+            warnings.warn(
+                f"the value {[round(v, 4) for v in y[i].tolist()[:6]]} is {gap.max():.3g} "
+                f"standard deviations away from {kind}, where nothing was learned: look at the "
+                "effective sample size, and learn_bridge(..., ends=y) draws paths towards it",
+                stacklevel=3,
+            )
+
+
+def nearest(a: Tensor, b: Tensor) -> Tensor:
+    """The distance of each row of a to the nearest row of b."""
+    return torch.cdist(a, b).amin(1)

@@ -1,0 +1,441 @@
+r"""Tilts of linear processes: h in closed form.
+
+A process whose drift is affine and whose noise is constant has normal laws,
+
+.. math:: d\tilde X = (B \tilde X + \beta) \, dt + \tilde G \, dW, \qquad
+          \tilde X_T \mid x \sim N(E_\tau x + c_\tau, Q_\tau), \quad \tau = T - t,
+
+so that what is seen of it, Y = H X_T + std eps, is normal too, and so is h:
+
+.. math:: h(x, t; y) = N(y; \, H (E_\tau x + c_\tau), \, S), \quad
+          \nabla \log h = E_\tau^\top H^\top S^{-1} (y - H (E_\tau x + c_\tau)), \quad
+          S = H Q_\tau H^\top + std^2 .
+
+Observations at several times are jointly normal. As seen from the next of them, at t_1, they are
+N z + noise of a covariance S_1, with z = (X, 1) at t_1; as seen from t < t_1 they are N E z with
+the covariance N Q Nᵀ + S_1, by the kernel from t to t_1. One rule carries what will be seen back
+from the last time to the first, and from there to any time between; z holds a constant, so that
+one exponential gives E and c together.
+
+Where the process is itself linear this is exact. Otherwise it is the guided proposal of Schauer,
+van der Meulen and van Zanten: the tilt of a linear process that resembles it, which ends where it
+should if both have the same GGᵀ there. An observation at the time t itself is past: h = 1 where
+none is left. Matrices are (d, d), in float64: for states of some hundreds of numbers.
+
+References:
+    Guided proposals for simulating multi-dimensional diffusion bridges (Schauer, van der Meulen
+        and van Zanten, 2017), doi 10.3150/16-BEJ833
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kakusan.core.operators import NotElliptic
+from kakusan.core.types import State, Time, as_time
+from kakusan.errors import KakusanError
+from kakusan.inference.conditioning.tilts import Tilt
+from kakusan.processes.observations import Linear, Observation
+from kakusan.processes.sde import SDE
+from kakusan.processes.transforms import ito
+from kakusan.processes.zoo.gaussian import Brownian, CriticallyDamped, OrnsteinUhlenbeck
+from kakusan.processes.zoo.laws import linear_kernel, linear_series
+from kakusan.processes.zoo.parameters import Given, Value, common_size, parameter, square
+
+KEPT = 1 << 24  # numbers of matrices that are remembered: 128 MiB
+
+
+class LinearTilt(Tilt):
+    r"""The tilt of dX = (slope X + offset) dt + sigma dW towards what was seen, for any process.
+
+    Arguments:
+        sde: The process that is tilted; in the sense of Itô unless it is a `Stratonovich`.
+        observation: What is seen: `Terminal`, `Coordinates`, `Measured`, or a `Series` of them.
+        slope: B, per unit of the process's clock: a number, one for each coordinate, or a matrix
+            (d, d) on flattened states. As in the drift of a process that is run against the
+            clock, a step adds B x h with a negative h.
+        offset: β: a number, or one for each coordinate.
+        sigma: G̃: a number, one for each coordinate, or a matrix (d, m).
+        end: When the end is seen; the end of the span of `sde` by default.
+
+    Raises:
+        KakusanError: If the observation is not linear, or sizes do not fit.
+        NotElliptic: When asked, if the linear process never reaches what was seen.
+
+    References:
+        Guided proposals for simulating multi-dimensional diffusion bridges (Schauer et al., 2017)
+
+    Example:
+        >>> from kakusan import DoubleWell
+        >>> from kakusan.processes.observations import Terminal
+        >>> well = LinearTilt(DoubleWell(), Terminal(), sigma=2.0)
+        >>> x, t, y = torch.zeros(1, 1), torch.tensor(0.5), torch.tensor([[1.0]])
+        >>> well.score(x, t, y)  # (y - x) / (4 * 0.5)
+        tensor([[0.5000]])
+    """
+
+    def __init__(
+        self,
+        sde: SDE,
+        observation: Observation,
+        slope: Given = 0.0,
+        offset: Given = 0.0,
+        sigma: Given = 1.0,
+        end: float | None = None,
+    ) -> None:
+        self.sde, self.observation = ito(sde), observation
+        self.end = float(self.sde.span[1] if end is None else end)
+        self.slope = square("slope", parameter("slope", slope, dims=2))
+        self.offset = parameter("offset", offset, dims=1)
+        self.sigma = parameter("sigma", sigma, dims=2)
+        common_size(slope=self.slope, offset=self.offset, sigma=self.sigma)
+        self._ahead: dict[Any, Ahead] = {}
+
+    @classmethod
+    def exact(cls, sde: SDE, observation: Observation, end: float | None = None) -> LinearTilt:
+        """The tilt of a process that is itself linear: Doob's.
+
+        Arguments:
+            sde: `Brownian`, `OrnsteinUhlenbeck` or `CriticallyDamped`.
+            observation: What is seen.
+            end: When the end is seen; the end of the span by default.
+
+        Example:
+            >>> from kakusan import Brownian
+            >>> from kakusan.processes.observations import Terminal
+            >>> bridge = LinearTilt.exact(Brownian(), Terminal())
+            >>> bridge.score(torch.zeros(1, 1), torch.tensor(0.5), torch.tensor([[1.0]]))
+            tensor([[2.]])
+        """
+        if not isinstance(sde, Brownian | OrnsteinUhlenbeck | CriticallyDamped):
+            raise KakusanError(
+                "an exact tilt is that of Brownian, OrnsteinUhlenbeck or CriticallyDamped, got "
+                f"{type(sde).__name__}; LinearTilt.around(sde, observation, x) is that of any "
+                "process made linear at the state x"
+            )
+        A, m = sde.rate, sde.mean
+        if isinstance(A, Tensor) and A.ndim == 2:
+            offset = A @ torch.as_tensor(m, dtype=A.dtype).to(A).expand(len(A))
+        else:
+            offset = A * m
+        return cls(sde, observation, -A, offset, sde.sigma, end)
+
+    @classmethod
+    def around(
+        cls,
+        sde: SDE,
+        observation: Observation,
+        x: Tensor | Sequence[float],
+        end: float | None = None,
+        t: float | None = None,
+    ) -> LinearTilt:
+        """The tilt of a process made linear at a state: B = ∇f(x), β = f(x) - B x, G̃ = G(x).
+
+        Arguments:
+            sde: Any process whose drift has a derivative.
+            observation: What is seen.
+            x: The state, (*shape): one that was seen, or where paths spend their time.
+            end: When the end is seen; the end of the span by default.
+            t: The time at which f and G are taken; `end` by default.
+
+        Example:
+            >>> from kakusan import DoubleWell
+            >>> from kakusan.processes.observations import Terminal
+            >>> LinearTilt.around(DoubleWell(v=1.0), Terminal(), [1.0]).slope  # -4 v (3 x² - 1)
+            tensor([[-8.]], dtype=torch.float64)
+        """
+        sde = ito(sde)
+        x = x.detach() if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64)
+        end = float(sde.span[1] if end is None else end)
+        at, d = as_time(end if t is None else t), x.numel()
+        # d rows of one batch: the user's function needs to know nothing of vmap
+        basis = torch.eye(d, dtype=x.dtype, device=x.device).reshape(d, *x.shape)
+        rows = x.expand(d, *x.shape).contiguous()
+        f, columns = torch.func.jvp(lambda u: sde.drift(u, at), (rows,), (basis,))[:2]
+        B = columns.detach().flatten(1).mT.double()
+        offset = f[0].detach().flatten().double() - B @ x.flatten().double()
+        G = sde.diffusion(x[None], at)
+        shape = G.noise_shape(x[None])
+        noises = torch.eye(math.prod(shape[1:]), dtype=x.dtype, device=x.device)
+        sigma = torch.cat([G.mv(e.reshape(shape)).detach().reshape(1, d) for e in noises]).mT
+        return cls(sde, observation, B.cpu(), offset.cpu(), sigma.double().cpu(), end)
+
+    def score(self, x: State, t: Time, y: Tensor) -> State:  # noqa: D102
+        gained = self._over(x, t, y, lambda law, away: away @ law.gain, x[0].numel())
+        return gained.reshape(x.shape).to(x.dtype)
+
+    def log_h(self, x: State, t: Time, y: Tensor) -> Tensor:  # noqa: D102
+        return self._over(x, t, y, Law.log_density, 1)[:, 0].to(x.dtype)
+
+    def _over(
+        self, x: State, t: Time, y: Tensor, use: Callable[[Law, Tensor], Tensor], width: int
+    ) -> Tensor:
+        """`use` of the law of what is seen and of y minus its mean; 0 where nothing is left."""
+        ahead, z, y = self._of(x), x.flatten(1).double(), y.double()
+        z = torch.cat([z, z.new_full((len(z), 1), ahead.unit)], 1)
+
+        def part(i: int, rows: Tensor | slice) -> Tensor:
+            same = Same.of(t if isinstance(rows, slice) else t[rows.to(t.device)], x.device)
+            law = ahead.law(i, same.times)
+            away = same.stacked(y[rows][:, ahead.columns[i]]) - same.stacked(z[rows]) @ law.N.mT
+            return same.rows(use(law, away))
+
+        nothing = z.new_zeros(len(x), width)
+        return where_next(ahead.times, t, self.sde.direction, part, nothing)
+
+    def _of(self, x: State) -> Ahead:
+        """What all calls with states of one kind share."""
+        kind = (x.shape[1:], x.dtype, x.device)
+        if kind not in self._ahead:
+            with torch.inference_mode(False), torch.no_grad():
+                self._ahead[kind] = self._made(x)
+        return self._ahead[kind]
+
+    def _made(self, x: State) -> Ahead:
+        size, direction = self.observation.size(x), self.sde.direction
+        seen = []
+        for t, part, of_y in sorted(self.observation.parts(self.end), key=lambda p: p[0]):
+            if not isinstance(part, Linear):
+                raise KakusanError(
+                    "a linear tilt knows Terminal, Coordinates, Measured and a Series of them, "
+                    f"and {part} is no linear function of the state"
+                )
+            H = part.matrix(torch.zeros_like(x[:1])).double().cpu()
+            seen.append(Seen(t, H, part.std, torch.arange(size)[of_y]))
+        B, G = _matrix("slope", self.slope, x), _matrix("sigma", self.sigma, x)
+        beta = _vector("offset", self.offset, x)
+        # time left runs forwards whatever the clock does
+        return Ahead(direction * B, direction * beta, G @ G.mT, seen[::direction], x.device)
+
+    def __repr__(self) -> str:
+        return f"LinearTilt({type(self.sde).__name__}, {self.observation})"
+
+
+def _vector(name: str, c: Value, x: State) -> Tensor:
+    """A parameter as (d,), on the CPU: one for each number, or what broadcasts with the state."""
+    c = torch.as_tensor(c, dtype=torch.float64).detach().cpu()
+    if c.numel() == x[0].numel():
+        return c.flatten()
+    try:
+        return c.expand(x.shape[1:]).flatten()
+    except RuntimeError:
+        raise _misfit(name, c, x) from None
+
+
+def _matrix(name: str, c: Value, x: State) -> Tensor:
+    """A parameter as a matrix (d, ·), on the CPU."""
+    if not isinstance(c, Tensor) or c.ndim < 2:
+        return torch.diag(_vector(name, c, x))
+    if len(c) != x[0].numel():
+        raise _misfit(name, c, x)
+    return c.detach().cpu()
+
+
+def _misfit(name: str, c: Tensor, x: State) -> KakusanError:
+    return KakusanError(
+        f"{name} has shape {tuple(c.shape)}, and states of shape {tuple(x.shape[1:])} have "
+        f"{x[0].numel()} numbers: give one number, one for each coordinate, or a matrix with a "
+        "row for each"
+    )
+
+
+# --- what will be seen, carried back in time
+
+
+class Seen(NamedTuple):
+    """One observation: at the time t, H x + std eps; `columns` says which numbers of y it is."""
+
+    t: float
+    H: Tensor
+    std: float
+    columns: Tensor
+
+
+class View(NamedTuple):
+    """What will be seen, given z = (x, unit) now: N z with noise of covariance S.
+
+    Attributes:
+        N: (..., K, d + 1).
+        S: (..., K, K).
+    """
+
+    N: Tensor
+    S: Tensor
+
+    def before(self, E: Tensor, Q: Tensor) -> View:
+        """As seen a time earlier, by the factor and the covariance of that time."""
+        return View(self.N @ E, self.N @ Q @ self.N.mT + self.S)
+
+    def beside(self, H: Tensor, std: float) -> View:
+        """With an observation now in front of the others."""
+        H = torch.nn.functional.pad(H, (0, 1))
+        noise = std**2 * torch.eye(len(H), dtype=H.dtype)
+        return View(torch.cat([H, self.N]), torch.block_diag(noise, self.S))
+
+
+class Law(NamedTuple):
+    """The normal law of what will be seen, at U times.
+
+    Attributes:
+        N: (U, K, d + 1), the mean is N z.
+        gain: (U, K, d), S⁻¹ of the part of N that acts on x.
+        root: (U, K, K), the triangular L with L Lᵀ = S.
+    """
+
+    N: Tensor
+    gain: Tensor
+    root: Tensor
+
+    def log_density(self, away: Tensor) -> Tensor:
+        """Log N(away; 0, S) for (U, n, K), with the shape (U, n, 1)."""
+        u = torch.linalg.solve_triangular(self.root, away.mT, upper=False)
+        scale = self.root.diagonal(dim1=-2, dim2=-1).log().sum(-1)[:, None]
+        constant = 0.5 * away.shape[-1] * math.log(2 * math.pi)
+        return (-0.5 * u.square().sum(-2) - scale - constant).unsqueeze(-1)
+
+
+class Ahead:
+    """All that will be seen of dX = (B X + beta) dt + noise with GGᵀ = D, from any time.
+
+    Arguments:
+        B: (d, d), in time that runs forwards.
+        beta: (d,).
+        D: (d, d).
+        seen: What is seen, in the order in which it is.
+        device: Where laws are wanted; they are computed on the CPU.
+    """
+
+    def __init__(
+        self, B: Tensor, beta: Tensor, D: Tensor, seen: Sequence[Seen], device: torch.device
+    ) -> None:
+        self.times, self.device = [one.t for one in seen], device
+        # z holds a number of the size of the state, or the exponential would count time by beta
+        size = B.abs().sum(1).max().item() or 1.0
+        self.unit = beta.abs().max().item() / size or 1.0
+        pad = torch.nn.functional.pad
+        A = pad(torch.cat([B, beta[:, None] / self.unit], 1), (0, 0, 0, 1))
+        self.series = linear_series(A, pad(D, (0, 1, 0, 1)))
+        view, later, views, columns = View(A[:0], A.new_zeros(0, 0)), seen[-1].t, [], []
+        for one in reversed(seen):
+            gap = torch.tensor(abs(later - one.t), dtype=torch.float64)
+            view = view.before(*linear_kernel(self.series, gap)).beside(one.H, one.std)
+            columns.append(torch.cat([one.columns, *columns[-1:]]))
+            views.append(view)
+            later = one.t
+        self.views, self.columns = views[::-1], [c.to(device) for c in columns[::-1]]
+        self._laws: dict[tuple[int, tuple[float, ...]], Law] = {}
+        self._numbers = 0
+
+    def law(self, i: int, times: tuple[float, ...]) -> Law:
+        """The law of the observations from the i-th on, at some times before it."""
+        if (i, times) not in self._laws:
+            with torch.inference_mode(False), torch.no_grad():
+                law = Law(*(part.to(self.device) for part in self._law(i, times)))
+            self._numbers += sum(part.numel() for part in law)
+            while self._laws and self._numbers > KEPT:
+                oldest = self._laws.pop(next(iter(self._laws)))
+                self._numbers -= sum(part.numel() for part in oldest)
+            self._laws[i, times] = law
+        return self._laws[i, times]
+
+    def _law(self, i: int, times: tuple[float, ...]) -> Law:
+        left = (self.times[i] - torch.tensor(times, dtype=torch.float64)).abs()
+        N, S = self.views[i].before(*linear_kernel(self.series, left))
+        L, regular = scaled_root(S)
+        if not regular.all():
+            at = times[int(regular.int().argmin())]
+            raise NotElliptic(
+                f"the noise of the linear process does not reach all {len(S[0])} numbers that are "
+                f"seen after t={at:g} (their covariance is singular): observe less, or with a "
+                "noise std > 0, or make the process linear at another state"
+            )
+        return Law(N, torch.cholesky_solve(N[..., :-1], L), L)
+
+
+def scaled_root(S: Tensor) -> tuple[Tensor, Tensor]:
+    """The Cholesky factor of covariances (..., K, K), and which of them have an inverse, (...).
+
+    They are judged as correlations, so that units and short times do not count.
+    """
+    scale = S.diagonal(dim1=-2, dim2=-1).sqrt()
+    units = scale.unsqueeze(-1) * scale.unsqueeze(-2)
+    L, info = torch.linalg.cholesky_ex(S / torch.where(units > 0, units, 1.0))
+    least = L.diagonal(dim1=-2, dim2=-1).amin(-1) ** 2
+    rounding = 100 * S.shape[-1] * torch.finfo(S.dtype).eps
+    return scale.unsqueeze(-1) * L, (info == 0) & (least > rounding)
+
+
+# --- many times at once
+
+
+class Same(NamedTuple):
+    """Rows with the same time, side by side.
+
+    Attributes:
+        times: The U different times.
+        n: How many rows the most frequent of them has.
+        place: (B,), where each row stands among (U, n); None where all have one time.
+    """
+
+    times: tuple[float, ...]
+    n: int
+    place: Tensor | None
+
+    @staticmethod
+    def of(t: Time, device: torch.device) -> Same:
+        """The rows of one time (), or of times (B,)."""
+        if not t.ndim:
+            return Same((float(t),), 0, None)
+        times, which, counts = t.double().unique(return_inverse=True, return_counts=True)
+        order = which.argsort(stable=True)
+        slot = torch.arange(len(t), device=t.device) - (counts.cumsum(0) - counts)[which[order]]
+        n = int(counts.max())
+        place = torch.empty_like(which).index_copy_(0, order, which[order] * n + slot)
+        return Same(tuple(times.tolist()), n, place.to(device))
+
+    def stacked(self, v: Tensor) -> Tensor:
+        """Rows (B, k) as (U, n, k), with zeros where a time has fewer rows than n."""
+        if self.place is None:
+            return v.unsqueeze(0)
+        blank = v.new_zeros(len(self.times) * self.n, v.shape[1])
+        return blank.index_copy(0, self.place, v).unflatten(0, (-1, self.n))
+
+    def rows(self, v: Tensor) -> Tensor:
+        """The inverse of `stacked`."""
+        return v[0] if self.place is None else v.flatten(0, 1)[self.place]
+
+
+def where_next(
+    times: Sequence[float],
+    t: Time,
+    direction: int,
+    part: Callable[[int, Tensor | slice], Tensor],
+    nothing: Tensor,
+) -> Tensor:
+    """`part(i, rows)` of the rows for which times[i] comes next, `nothing` where none is left.
+
+    Arguments:
+        times: In the order in which they come.
+        t: () or (B,).
+        direction: +1 where times grow, -1 where they fall.
+        part: From the number of a time and a selection of rows to their part of the result.
+        nothing: Like the result.
+    """
+    at = t.reshape(1, -1)
+    s = torch.tensor(times, dtype=torch.float64, device=t.device)[:, None]
+    # what a grid's time misses by rounding is not ahead
+    ahead = direction * (s - at) > 1e-12 * torch.maximum(s.abs(), at.abs())
+    passed = (~ahead).sum(0)
+    if not t.ndim:
+        i = int(passed)
+        return part(i, slice(None)) if i < len(times) else nothing
+    for i in passed.unique().tolist():
+        if i < len(times):
+            rows = (passed == i).nonzero()[:, 0].to(nothing.device)
+            nothing = nothing.index_copy(0, rows, part(i, rows))
+    return nothing
