@@ -59,6 +59,7 @@ from kakusan.solvers.gaussian import EulerSteps, GaussianSteps
 from kakusan.training.ema import Average
 from kakusan.training.progress import progress
 
+PILOT = 2048  # paths from which the weights are chosen
 SEEN = 1 << 14  # values kept to know where paths came
 
 
@@ -188,7 +189,8 @@ def _prepared(
     depth: int,
 ) -> tuple[Task, BridgeNet, _Values]:  # fmt: skip
     """Weights with the window of least variance, and a network in the units of paths."""
-    walk = task.walk(FIRST, task.base)
+    whole = task._replace(horizons=False, paths=max(task.paths, PILOT))
+    walk = whole.walk(FIRST, task.base)
     path = walk.path
     kind = weights or Window()
     try:

@@ -79,12 +79,11 @@ def save_bridge(bridge: Bridge, path: str | File, about: dict[str, Any] | None =
         "guided": bridge.guided, "horizons": bridge.horizons,
         "report": None if bridge.report is None else bridge.report._asdict(),
         "base": _base_words(tilt.base, tensors),
-        "observe": _observation_words(tilt.observation, tensors, "H"),
+        "observe": _observation_words(tilt.observation, tensors, "H"), "about": about or {},
     }  # fmt: skip
-    words = {HEADER: json.dumps(header), "about": json.dumps(about or {})}
     own = {name: v.detach().cpu().contiguous() for name, v in tensors.items()}
     with files.whole(File(path)) as draft:
-        safetensors.torch.save_file(own, draft, words)
+        safetensors.torch.save_file(own, draft, {HEADER: json.dumps(header)})
 
 
 def load_bridge(
@@ -105,7 +104,7 @@ def load_bridge(
         KakusanError: If the file is missing, damaged or no bridge's, or was learned for another
             process or observation.
     """
-    header, tensors = _header(File(path))[HEADER], files.read_tensors(File(path))
+    header, tensors = _header(File(path)), files.read_tensors(File(path))
     observe = _observation(header["observe"], tensors, "H", observe, path)
     steps = process
     if isinstance(steps, SDE):
@@ -142,13 +141,13 @@ def _header(path: File) -> dict[str, Any]:
         raise KakusanError(f"{path} is missing")
     try:
         with safetensors.safe_open(path, "pt") as handle:
-            words = handle.metadata() or {}
-        found = {key: json.loads(words[key]) for key in (HEADER, "about") if key in words}
+            words = (handle.metadata() or {}).get(HEADER, "null")
+        header = json.loads(words)
     except (OSError, safetensors.SafetensorError, ValueError) as error:
         raise KakusanError(f"{path} is damaged or unreadable: {error}") from None
-    if len(found) < 2:
+    if header is None:
         raise KakusanError(f"{path} holds no learned bridge")
-    return found
+    return header
 
 
 def _report(words: dict[str, Any] | None) -> Report | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -192,11 +193,17 @@ def walked(steps: GaussianSteps, x: State, noise: Noise) -> Path:
 def _base(
     steps: GaussianSteps, observe: Observation, starts: Callable[..., State], seed: int
 ) -> Tilt:
-    """The pull that needs no choice: of Brownian motion, or of the process linearised."""
+    """The pull that needs no choice.
+
+    That of the process itself where it is linear; of Brownian motion with its noise; of the
+    process linearised where that noise does not reach what is seen.
+    """
     sde, end = steps.sde, steps.grid[-1].item()
     parts = [part for _, part, _ in observe.parts(end)]
     if not isinstance(steps, EulerSteps) or not any(isinstance(part, Linear) for part in parts):
         return Untilted(sde)
+    with contextlib.suppress(KakusanError):
+        return LinearTilt.exact(sde, observe, end)
     x, pull = starts(64, generator(seed, FIRST, 1)), Pull(sde, observe, end)
     try:
         y = torch.zeros(len(x), observe.size(x)).to(x)
@@ -238,7 +245,8 @@ def check_inside(steps: GaussianSteps, observe: Observation, y: Tensor, x: State
 
 def values_of(observe: Observation, ends: Any, x: State) -> Tensor:
     """Values (n, k) as people write them."""
-    given, k = torch.as_tensor(ends), observe.size(x)
+    given = ends if isinstance(ends, Tensor) else torch.as_tensor(ends, dtype=torch.float64)
+    k = observe.size(x)
     if given.numel() == k:
         return observe.value(given, x[:1])
     rows = given.reshape(len(given), -1) if given.ndim else given.reshape(1, 1)

@@ -67,7 +67,8 @@ class Observation(abc.ABC):
             KakusanError: If it does not fit.
         """
         k, n = self.size(x), len(x)
-        given = torch.as_tensor(y).to(x)
+        # a Python float must not pass through float32 on its way
+        given = (y if isinstance(y, Tensor) else torch.as_tensor(y, dtype=torch.float64)).to(x)
         rows = given.reshape(1, -1) if given.numel() == k else given
         if rows.ndim > 2 and rows[0].numel() == k:
             rows = rows.flatten(1)
