@@ -46,6 +46,36 @@ def trajectories(x: Tensor, codec: Codec, path: Path) -> Path:
     return _save_figure(_lines(x), path)
 
 
+def conditioned(x: Tensor, beside: tuple[Tensor, Tensor], codec: ImageCodec, path: Path) -> Path:
+    """Draws images given a part of one: the original, what was seen, the samples, their moments.
+
+    Arguments:
+        x: Samples, (n, *shape), in model units.
+        beside: The original and what was seen of it, each (*shape).
+        codec: That of the model.
+        path: Where to.
+    """
+    plt = _pyplot()
+    figure = plt.figure(figsize=(10, 5), layout="constrained")
+    left, right = figure.subfigures(1, 2)
+    mean, std = x.mean(0), x.std(0, correction=min(1, len(x) - 1))
+    # the standard deviation from black, 0, to white, half of the range
+    panels = {"original": beside[0], "seen": beside[1], "mean": mean, "std": 2 * std - 1}
+    for axes, (title, image) in zip(left.subplots(2, 2).flat, panels.items(), strict=True):
+        _show(axes, pixels(image.unsqueeze(0), codec)[0])
+        axes.set_title("standard deviation, white: 1" if title == "std" else title)
+    axes = right.subplots()
+    _show(axes, grid(pixels(x, codec)))
+    axes.set_title(f"{len(x)} samples given what was seen")
+    return _save_figure(figure, path)
+
+
+def _show(axes: Axes, image: np.ndarray) -> None:
+    """An image (H, W, C) as it is, grey where it has fewer than three channels."""
+    axes.imshow(image[..., 0] if image.shape[2] < 3 else image, cmap="gray", vmin=0, vmax=255)
+    axes.axis("off")
+
+
 def pixels(x: Tensor, codec: ImageCodec) -> np.ndarray:
     """Images as uint8, (n, H, W, C); of more channels than a picture has, the first."""
     images = np.ascontiguousarray(codec.pixels(x).transpose(0, 2, 3, 1))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kakusan import densities, judging, pictures, sampling
+from kakusan import conditioning, densities, judging, pictures, sampling
 from kakusan.core.trace import Trace
 from kakusan.errors import KakusanError, UsageError
 from kakusan.inference import judge, likelihood
@@ -24,19 +24,12 @@ from kakusan.inference.dequantise import Dequantiser, Variational
 from kakusan.models.denoiser import Denoiser
 from kakusan.objectives.chain import Variance
 from kakusan.objectives.elbo import Bound
+from kakusan.processes.observations import Observation
 from kakusan.training import checkpoint, files, run
 from kakusan.training.build import denoiser, resolved
 from kakusan.training.config import Config, configure
-from kakusan.training.data import (
-    Codec,
-    Data,
-    TableCodec,
-    codec_from_json,
-    load,
-    rows_of,
-    statistics,
-    whole_cells,
-)
+from kakusan.training.data import Data, TableCodec, load, rows_of, statistics
+from kakusan.training.data.codecs import Codec, codec_from_json, whole_cells
 from kakusan.training.fit import fit
 from kakusan.training.given import Array, again, of_array, wanted
 from kakusan.training.placement import device_of
@@ -232,6 +225,12 @@ class DiffusionModel:
     def labels(self, n: int, label: Any = None, seed: int = 0) -> Tensor | None:
         """The classes that `sample` with the same arguments draws, (n,); None without labels."""
         return sampling.labels(self.classes, self.shares, n, label, seed)
+
+    def condition(
+        self, observation: Observation, y: Any, n: int = 16, **options: Any
+    ) -> conditioning.ConditionedSamples:
+        """Draws n samples given that `observation` of them was y: see `conditioning.condition`."""
+        return conditioning.condition(self, observation, y, n, **options)
 
     def trajectory(self, n: int = 8, **options: Any) -> Tensor:
         """The way from noise to data of n samples, (steps + 1, n, *shape)."""

@@ -11,24 +11,29 @@ condition it, are exact at any step size; nothing needs the limit h -> 0.
 from __future__ import annotations
 
 import abc
+import math
 
 import torch
 from torch import Tensor
 
-from kakusan.core.operators import Operator
-from kakusan.core.types import State, advanced
+from kakusan.core.operators import Operator, Scale
+from kakusan.core.types import Field, State, advanced
 from kakusan.errors import KakusanError
+from kakusan.processes.linear import LinearSDE
 from kakusan.processes.sde import SDE
-from kakusan.processes.transforms import ito
+from kakusan.processes.transforms import ito, reverse
+from kakusan.solvers.exponential import Ancestral
 
 
 class GaussianSteps(abc.ABC):
     """A chain of Gaussian steps along a grid of times.
 
     Attributes:
+        sde: The process that they are steps of.
         grid: The N + 1 times, float64 and on the CPU.
     """
 
+    sde: SDE
     grid: Tensor
 
     @abc.abstractmethod
@@ -96,3 +101,53 @@ class EulerSteps(GaussianSteps):
 
     def inside(self, x: State) -> Tensor:  # noqa: D102
         return self.sde.inside(x)
+
+
+class AncestralSteps(GaussianSteps):
+    r"""The steps of `Ancestral`: a turn in the angle, then noise; from noise to data.
+
+    With the plan of a step in the words of `solvers.exponential`,
+
+    .. math:: m = \varrho \, [\cos(\psi - \phi) \, x / r + \sin(\psi - \phi) \, v] ,
+              \qquad G = z I ,
+
+    where rho is the length of (alpha, sigma) at psi. A step down to sigma = 0 has G = 0.
+
+    Arguments:
+        process: The forward process.
+        score: Its score.
+        grid: Falling times; the last may be 0.
+        noise: lambda, from 0 (no step has noise) to 1 (DDPM's posterior).
+
+    Example:
+        >>> from kakusan.processes.linear import VP
+        >>> steps = AncestralSteps(VP(), lambda x, t: -x, torch.tensor([1.0, 0.5, 0.0]))
+        >>> [round(steps.operator(torch.ones(1, 2), k).g.item(), 3) for k in range(len(steps))]
+        [1.357, 0.0]
+    """
+
+    def __init__(self, process: LinearSDE, score: Field, grid: Tensor, noise: float = 1.0) -> None:
+        self.grid = torch.as_tensor(grid, dtype=torch.float64, device="cpu")
+        if self.grid.ndim != 1 or len(self.grid) < 2 or not (self.grid.diff() < 0).all():
+            raise KakusanError(
+                f"ancestral steps go from noise to data, along a row of falling times; got "
+                f"{self.grid.tolist()[:8]}"
+            )
+        self.sde = reverse(process, score, noise)
+        memory = Ancestral().init(self.sde, torch.empty(0), self.grid)
+        self.velocity, self.plan, self.points = memory.velocity, memory.plan, self.grid.unbind()
+
+    def mean(self, x: State, k: int) -> State:  # noqa: D102
+        return self.turned(x, self.velocity(x, self.points[k]), k)
+
+    def turned(self, x: State, v: State, k: int) -> State:
+        """m_k(x), where the angular velocity v of x is at hand."""
+        r, phi, psi, scale, _ = self.plan[k]
+        turn = psi - phi
+        return torch.add(x * (scale * math.cos(turn) / r), v, alpha=scale * math.sin(turn))
+
+    def operator(self, x: State, k: int) -> Operator:  # noqa: D102
+        return Scale(self.plan[k].z)
+
+    def noise_shape(self, x: State) -> tuple[int, ...]:  # noqa: D102
+        return tuple(x.shape)

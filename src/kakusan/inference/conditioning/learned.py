@@ -23,14 +23,16 @@ class BridgeTilt(Tilt):
 
     def __init__(self, base: Tilt, observation: Observation, net: BridgeNet, end: float) -> None:
         self.sde, self.base, self.observation = base.sde, base, observation
-        self.net, self.end = net, float(end)
+        self.net, self.end, self.trust = net, float(end), float(net.trust)
 
     def control(self, x: State, t: Time, y: Tensor) -> Tensor:  # noqa: D102
         c = self.base.control(x, t, y)
+        if not self.trust:
+            return c
         left = self.observation.left(as_time(t), self.end)
         root = per_sample(left.sqrt(), c)
         out = self.net(x, root * c, self.observation.told(y), t, left)
-        return c + self.net.trust.to(c) * out.to(c) / root
+        return c + self.trust * out.to(c) / root
 
     def score(self, x: State, t: Time, y: Tensor) -> State:
         """∇log h = G⁻ᵀ c, like x.
