@@ -111,6 +111,10 @@ from kakusan.solvers.strong import StratonovichHeun as StratonovichHeun
 from kakusan.solvers.weak import WeakSecond as WeakSecond
 
 if TYPE_CHECKING:
+    from kakusan.bridges import Bridge as Bridge
+    from kakusan.bridges import learn_bridge as learn_bridge
+    from kakusan.bridges.files import load_bridge as load_bridge
+    from kakusan.bridges.files import save_bridge as save_bridge
     from kakusan.certification import Certificate as Certificate
     from kakusan.certification import certify as certify
     from kakusan.core.bits import bits_per_dim as bits_per_dim
@@ -120,6 +124,19 @@ if TYPE_CHECKING:
     from kakusan.core.trace import Normals as Normals
     from kakusan.core.trace import Orthogonal as Orthogonal
     from kakusan.core.trace import Signs as Signs
+    from kakusan.inference.conditioning.finish import Free as Free
+    from kakusan.inference.conditioning.finish import ModifiedBridge as ModifiedBridge
+    from kakusan.inference.conditioning.finish import Pinned as Pinned
+    from kakusan.inference.conditioning.linear import LinearTilt as LinearTilt
+    from kakusan.inference.conditioning.metropolis import metropolis as metropolis
+    from kakusan.inference.conditioning.paths import conditioned as conditioned
+    from kakusan.inference.conditioning.pull import Pull as Pull
+    from kakusan.inference.conditioning.tilts import Tilt as Tilt
+    from kakusan.inference.guidance import DPS as DPS
+    from kakusan.inference.guidance import Classifier as Classifier
+    from kakusan.inference.guidance import MomentMatching as MomentMatching
+    from kakusan.inference.guidance import PiGDM as PiGDM
+    from kakusan.inference.guidance import Twisted as Twisted
     from kakusan.inference.likelihood import LogProb as LogProb
     from kakusan.inference.likelihood import decode as decode
     from kakusan.inference.likelihood import encode as encode
@@ -135,6 +152,8 @@ if TYPE_CHECKING:
     from kakusan.objectives.chain import Interpolated as Interpolated
     from kakusan.objectives.chain import Large as Large
     from kakusan.objectives.chain import Small as Small
+    from kakusan.objectives.covering import Covering as Covering
+    from kakusan.objectives.covering import Matched as Matched
     from kakusan.objectives.decoders import DiscretisedGaussian as DiscretisedGaussian
     from kakusan.objectives.decoders import GaussianDecoder as GaussianDecoder
     from kakusan.objectives.elbo import Bound as Bound
@@ -142,6 +161,12 @@ if TYPE_CHECKING:
     from kakusan.objectives.elbo import continuous_bound as continuous_bound
     from kakusan.objectives.local import Local as Local
     from kakusan.objectives.local import Skorokhod as Skorokhod
+    from kakusan.objectives.malliavin import Average as Average
+    from kakusan.objectives.malliavin import Bootstrapped as Bootstrapped
+    from kakusan.objectives.malliavin import First as First
+    from kakusan.objectives.malliavin import Last as Last
+    from kakusan.objectives.malliavin import Weighted as Weighted
+    from kakusan.objectives.malliavin import Window as Window
     from kakusan.objectives.score_matching import Clean as Clean
     from kakusan.objectives.score_matching import DenoisingAt as DenoisingAt
     from kakusan.objectives.score_matching import Explicit as Explicit
@@ -155,10 +180,19 @@ if TYPE_CHECKING:
     from kakusan.pipeline import DiffusionModel as DiffusionModel
     from kakusan.processes.betas import LearnedSchedule as LearnedSchedule
     from kakusan.processes.flow import AngularFlow as AngularFlow
+    from kakusan.processes.observations import Coordinates as Coordinates
+    from kakusan.processes.observations import Event as Event
+    from kakusan.processes.observations import Label as Label
+    from kakusan.processes.observations import Measured as Measured
+    from kakusan.processes.observations import Observation as Observation
+    from kakusan.processes.observations import Series as Series
+    from kakusan.processes.observations import Terminal as Terminal
     from kakusan.solvers.corrector import NoiseLevel as NoiseLevel
     from kakusan.solvers.corrector import PredictorCorrector as PredictorCorrector
     from kakusan.solvers.corrector import SignalToNoise as SignalToNoise
     from kakusan.solvers.corrector import annealed_langevin as annealed_langevin
+    from kakusan.solvers.gaussian import AncestralSteps as AncestralSteps
+    from kakusan.solvers.gaussian import EulerSteps as EulerSteps
     from kakusan.solvers.langevin import BAOAB as BAOAB
     from kakusan.solvers.langevin import MALA as MALA
     from kakusan.solvers.langevin import Acceptance as Acceptance
@@ -166,12 +200,48 @@ if TYPE_CHECKING:
     from kakusan.solvers.langevin import langevin as langevin
     from kakusan.solvers.multilevel import Expectation as Expectation
     from kakusan.solvers.multilevel import expectation as expectation
+    from kakusan.solvers.rosenbrock import RosenbrockSteps as RosenbrockSteps
     from kakusan.training.config import Config as Config
 
 __version__ = "0.1.0"
 
 # rooms that need more than torch, or that not everybody enters: opened by name
 _ROOMS = {
+    "Bridge": "kakusan.bridges",
+    "learn_bridge": "kakusan.bridges",
+    "load_bridge": "kakusan.bridges.files",
+    "save_bridge": "kakusan.bridges.files",
+    "Free": "kakusan.inference.conditioning.finish",
+    "ModifiedBridge": "kakusan.inference.conditioning.finish",
+    "Pinned": "kakusan.inference.conditioning.finish",
+    "LinearTilt": "kakusan.inference.conditioning.linear",
+    "metropolis": "kakusan.inference.conditioning.metropolis",
+    "conditioned": "kakusan.inference.conditioning.paths",
+    "Pull": "kakusan.inference.conditioning.pull",
+    "Tilt": "kakusan.inference.conditioning.tilts",
+    "DPS": "kakusan.inference.guidance",
+    "Classifier": "kakusan.inference.guidance",
+    "MomentMatching": "kakusan.inference.guidance",
+    "PiGDM": "kakusan.inference.guidance",
+    "Twisted": "kakusan.inference.guidance",
+    "Covering": "kakusan.objectives.covering",
+    "Matched": "kakusan.objectives.covering",
+    "Average": "kakusan.objectives.malliavin",
+    "Bootstrapped": "kakusan.objectives.malliavin",
+    "First": "kakusan.objectives.malliavin",
+    "Last": "kakusan.objectives.malliavin",
+    "Weighted": "kakusan.objectives.malliavin",
+    "Window": "kakusan.objectives.malliavin",
+    "Coordinates": "kakusan.processes.observations",
+    "Event": "kakusan.processes.observations",
+    "Label": "kakusan.processes.observations",
+    "Measured": "kakusan.processes.observations",
+    "Observation": "kakusan.processes.observations",
+    "Series": "kakusan.processes.observations",
+    "Terminal": "kakusan.processes.observations",
+    "AncestralSteps": "kakusan.solvers.gaussian",
+    "EulerSteps": "kakusan.solvers.gaussian",
+    "RosenbrockSteps": "kakusan.solvers.rosenbrock",
     "DiffusionModel": "kakusan.pipeline",
     "Config": "kakusan.training.config",
     "certify": "kakusan.certification",

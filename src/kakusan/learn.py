@@ -24,7 +24,6 @@ References:
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path as File
@@ -46,7 +45,7 @@ from kakusan.processes.transforms import ito
 from kakusan.solvers.solve import Path, solve
 from kakusan.training import files
 from kakusan.training.ema import Average
-from kakusan.training.progress import progress
+from kakusan.training.regress import regress, shuffled, strata
 
 Starts = Tensor | Callable[[int], Tensor]
 
@@ -151,28 +150,14 @@ def learn_score(
         torch.manual_seed(mix(seed))
         draw = _Draw(sde, states_of(starts), grid, paths, seed)
         score, chain = _tables(draw, goal, net)
-        average, pools = Average(score.net, ema), 0
-        optimizer = torch.optim.Adam(score.net.parameters(), lr, fused=True)
-        with progress("score", iterations, quiet=quiet) as advance:
-            batches = _batches(draw, chain, times, visits, batch)
-            for k in range(iterations):
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * k / iterations))
-                pools, pool = next(batches)
-                loss = _loss(score.net, pool)
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(score.net.parameters(), 1.0, foreach=True)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                average.update(score.net, k)
-                if k % 50 == 0 or k + 1 == iterations:
-                    advance(k + 1, f"loss {_finite(loss.item(), k):.4f}")
+        average, pools = Average(score.net, ema), _Pools(draw, chain, times, visits, batch)
+        regress(score.net, average, iter(pools), _loss, iterations, lr, "score", quiet)
         score.net = average.model
         score.trust.fill_(_trust(draw, chain))
         judged = _judged(draw, chain)
     seconds = time.perf_counter() - began
     score.report = Report(
-        *judged, float(grid[chain.first]), iterations, (pools + MORE + 2) * paths, seconds
+        *judged, float(grid[chain.first]), iterations, (pools.number + MORE + 2) * paths, seconds
     )
     return score
 
@@ -180,12 +165,6 @@ def learn_score(
 def _loss(net: nn.Module, pool: Pool) -> Tensor:
     error = (net(pool.y, pool.level) - pool.goal).square().flatten(1).mean(1)
     return (pool.weight * error).mean()
-
-
-def _finite(loss: float, step: int) -> float:
-    if not math.isfinite(loss):
-        raise KakusanError(f"the loss is {loss} at step {step}; try a smaller lr")
-    return loss
 
 
 class _Draw(NamedTuple):
@@ -271,23 +250,22 @@ def _interpolated(at: list[int], values: Tensor, last: int) -> Tensor:
     return torch.lerp(values[i - 1], values[i], w)
 
 
-def _batches(
-    draw: _Draw, chain: _Chain, times: int, visits: int, batch: int
-) -> Iterator[tuple[int, Pool]]:
-    """Batches without end, each with the number of the pool it is from."""
-    number = 0
-    while True:
-        number, path = number + 1, draw(number)
-        g = generator(draw.seed, number, 3)
-        # one random time in each of as many equal parts of the path
-        n, u = len(path.t) - chain.first, torch.rand(times, generator=g, dtype=torch.float64)
-        at = chain.first + ((torch.arange(times) + u) * n / times).long().clamp(max=n - 1)
-        pools = chain.pools(path, sorted(set(at.tolist())))
-        pool = Pool(*(torch.cat(parts) for parts in zip(*pools, strict=True)))
-        for _ in range(visits):
-            for rows in torch.randperm(len(pool.y), generator=g).split(batch):
-                rows = rows.to(pool.y.device)
-                yield number, Pool(*(part[rows] for part in pool))
+class _Pools:
+    """Batches without end, of one pool of paths after the other."""
+
+    def __init__(self, draw: _Draw, chain: _Chain, times: int, visits: int, batch: int) -> None:
+        self.draw, self.chain, self.number = draw, chain, 0
+        self.times, self.visits, self.batch = times, visits, batch
+
+    def __iter__(self) -> Iterator[Pool]:
+        while True:
+            self.number += 1
+            path, g = self.draw(self.number), generator(self.draw.seed, self.number, 3)
+            first = self.chain.first
+            at = [first + k for k in strata(len(path.t) - first, self.times, g)]
+            pools = self.chain.pools(path, at)
+            pool = Pool(*(torch.cat(parts) for parts in zip(*pools, strict=True)))
+            yield from shuffled(pool, self.visits, self.batch, g)
 
 
 def _looks(chain: _Chain, path: Path) -> list[Pool]:

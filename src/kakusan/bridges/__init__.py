@@ -25,7 +25,6 @@ References:
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -57,7 +56,7 @@ from kakusan.processes.observations import Observation, Terminal
 from kakusan.processes.sde import SDE
 from kakusan.solvers.gaussian import EulerSteps, GaussianSteps
 from kakusan.training.ema import Average
-from kakusan.training.progress import progress
+from kakusan.training.regress import regress, shuffled, strata
 
 PILOT = 2048  # paths from which the weights are chosen
 SEEN = 1 << 14  # values kept to know where paths came
@@ -79,9 +78,9 @@ def learn_bridge(
     depth: int = 3,
     iterations: int = 4000,
     batch: int = 2048,
-    paths: int = 2048,
-    times: int = 32,
-    visits: int = 2,
+    paths: int | None = None,
+    times: int | None = None,
+    visits: int | None = None,
     lr: float = 3e-3,
     ema: float = 0.999,
     seed: int = 0,
@@ -112,9 +111,11 @@ def learn_bridge(
         depth: The number of its hidden layers.
         iterations: How many steps the optimiser takes.
         batch: How many states a step sees.
-        paths: How many paths are simulated at a time.
-        times: At how many random times a path is used.
-        visits: How often each of these states is seen before the paths are replaced.
+        paths: How many paths are simulated at a time; 8192 by default, and 2048 of those that
+            are drawn towards ends, which cost more.
+        times: At how many random times a path is used; 8, or 32, by default.
+        visits: How often each of these states is seen before the paths are replaced; once, or
+            twice, by default.
         lr: Where the learning rate starts; it falls to zero along half a cosine.
         ema: The decay of the average of the weights, which is what is returned.
         seed: All numbers are functions of it.
@@ -132,6 +133,10 @@ def learn_bridge(
         [-1.0, -1.0, -1.0, -1.0, -1.0]
     """
     began = time.perf_counter()
+    usual = (8192, 8, 1) if ends is None else (2048, 32, 2)
+    paths, times, visits = (
+        u if v is None else v for u, v in zip(usual, (paths, times, visits), strict=True)
+    )
     numbers = {"steps": steps, "iterations": iterations, "batch": batch, "paths": paths}
     for name, value in (numbers | {"times": times, "visits": visits}).items():
         if value < 1:
@@ -144,29 +149,13 @@ def learn_bridge(
         torch.manual_seed(mix(seed))
         task = Task.of(process, start, observe, ends, horizons, paths, base, seed)
         task, model, first = _prepared(task, weights, net, width, depth)
-        average, walks = Average(model, ema), 0
-        optimizer = torch.optim.Adam(model.parameters(), lr, fused=True)
-        loss = math.nan
-        with progress("bridge", iterations, quiet=quiet) as advance:
-            batches = _batches(task, average, times, visits, batch)
-            for k in range(iterations):
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * k / iterations))
-                walks, walk, pool = next(batches)
-                error = _error(model, pool)
-                error.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                average.update(model, k)
-                first.add(walk)
-                if k % 50 == 0 or k + 1 == iterations:
-                    loss = _finite(error.item(), k)
-                    advance(k + 1, f"loss {loss:.4f}")
-        model, ess = average.model, first.ess
+        average = Average(model, ema)
+        shown = _Shown(task, average, first, times, visits, batch)
+        regress(model, average, iter(shown), _error, iterations, lr, "bridge", quiet)
+        model = average.model
         explained = _trusted(task, model, times)
     report = Report(
-        explained, ess, repr(task.weights), iterations, (walks + 2) * paths,
+        explained, first.ess, repr(task.weights), iterations, (shown.number + 2) * paths,
         time.perf_counter() - began,
     )  # fmt: skip
     tilt = BridgeTilt(task.base, observe, model, task.end(len(process)))
@@ -176,12 +165,6 @@ def learn_bridge(
 def _error(model: BridgeNet, pool: Pool) -> Tensor:
     out = model(pool.x, pool.pull, pool.y, pool.t, pool.left)
     return (pool.weight * (out - pool.goal).square().flatten(1).mean(1)).mean()
-
-
-def _finite(loss: float, step: int) -> float:
-    if not math.isfinite(loss):
-        raise KakusanError(f"the loss is {loss} at step {step}; try a smaller lr")
-    return loss
 
 
 def _prepared(
@@ -214,14 +197,12 @@ class _Values:
     """Values that paths came to, and how equal their weights are."""
 
     def __init__(self, observe: Observation, walk: Walk) -> None:
-        self.observe, self.kept, self.last, self.ess = observe, [], -1, walk.ess
+        self.observe, self.kept, self.ess = observe, [], walk.ess
         self.add(walk)
 
     def add(self, walk: Walk) -> None:
-        """Keeps some of a walk that was not seen before."""
-        if id(walk.y) == self.last:
-            return
-        self.last, self.ess = id(walk.y), walk.ess
+        """Keeps some of a walk."""
+        self.ess = walk.ess
         if sum(map(len, self.kept)) < SEEN:
             self.kept.append(self.observe.told(walk.y).float().cpu())
 
@@ -230,26 +211,32 @@ class _Values:
         return torch.cat(self.kept)[:SEEN]
 
 
-def _batches(
-    task: Task, average: Average[BridgeNet], times: int, visits: int, batch: int
-) -> Iterator[tuple[int, Walk, Pool]]:
-    """Batches without end, each with the number of the walk it is from."""
-    number = 0
-    while True:
-        number += 1
-        tilt = BridgeTilt(task.base, task.observe, average.model, task.end(len(task.steps)))
-        walk = task.walk(number, tilt)
-        g = generator(task.seed, number, 4)
-        # one random time in each of as many equal parts of the path
-        n = max(1, walk.last - task.blind)
-        u = torch.rand(times, generator=g, dtype=torch.float64)
-        at = ((torch.arange(times) + u) * n / times).long().clamp(max=n - 1)
-        pools = pools_of(task, walk, sorted(set(at.tolist())), tilt)
-        pool = Pool(*(torch.cat(parts) for parts in zip(*pools, strict=True)))
-        for _ in range(visits):
-            for rows in torch.randperm(len(pool.x), generator=g).split(batch):
-                rows = rows.to(pool.x.device)
-                yield number, walk, Pool(*(part[rows] for part in pool))
+class _Shown:
+    """Batches without end."""
+
+    def __init__(
+        self, task: Task, average: Average[BridgeNet], values: _Values, times: int, visits: int,
+        batch: int,
+    ) -> None:  # fmt: skip
+        self.task, self.average, self.values = task, average, values
+        self.times, self.visits, self.batch, self.number = times, visits, batch, 0
+
+    def __iter__(self) -> Iterator[Pool]:
+        while True:
+            self.number += 1
+            g = generator(self.task.seed, self.number, 4)
+            pool = self._pool(g)
+            yield from shuffled(pool, self.visits, self.batch, g)
+
+    def _pool(self, g: torch.Generator) -> Pool:
+        """What new paths have to say about some of their times."""
+        task = self.task
+        tilt = BridgeTilt(task.base, task.observe, self.average.model, task.end(len(task.steps)))
+        walk = task.walk(self.number, tilt)
+        self.values.add(walk)
+        at = strata(max(1, walk.last - task.blind), self.times, g)
+        pools = pools_of(task, walk, at, tilt)
+        return Pool(*(torch.cat(parts) for parts in zip(*pools, strict=True)))
 
 
 @torch.no_grad()

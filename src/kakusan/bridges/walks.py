@@ -14,6 +14,7 @@ from kakusan.core.noise import Fresh, Noise, generator, mix
 from kakusan.core.operators import NotElliptic
 from kakusan.core.types import State, per_sample
 from kakusan.errors import KakusanError
+from kakusan.inference.conditioning.ahead import Linearised
 from kakusan.inference.conditioning.linear import LinearTilt
 from kakusan.inference.conditioning.paths import conditioned
 from kakusan.inference.conditioning.pull import Pull
@@ -28,6 +29,7 @@ from kakusan.solvers.solve import Path, solve
 
 FIRST, HELD_OUT = -1, -2  # the numbers of walks that are not trained on
 LEAST = 0.1  # weights are flattened until so many of a hundred paths count
+LOCAL = 16  # numbers of a state for which matrices of each row are no burden
 GROUP = 64  # paths that share a start and a value, where these are drawn
 
 
@@ -196,7 +198,8 @@ def _base(
     """The pull that needs no choice.
 
     That of the process itself where it is linear; of Brownian motion with its noise; of the
-    process linearised where that noise does not reach what is seen.
+    process linearised at each state where that noise does not reach what is seen, or where free
+    paths end if states are too large for it.
     """
     sde, end = steps.sde, steps.grid[-1].item()
     parts = [part for _, part, _ in observe.parts(end)]
@@ -210,6 +213,8 @@ def _base(
         pull.control(x, steps.grid[0], y)
         return pull
     except NotElliptic:
+        if x[0].numel() <= LOCAL:
+            return Linearised(sde, observe, end)
         last = walked(steps, x, Fresh(mix(seed, FIRST, 2))).end
         return LinearTilt.around(sde, observe, last.mean(0), end)
 

@@ -173,7 +173,8 @@ class Coordinates(Linear):
                 else (f"the numbers {self.at.tolist()[:8]}")
             )
             raise KakusanError(
-                f"{seen} does not fit states of shape {tuple(x.shape[1:])}, {d} numbers each"
+                f"{seen} does not fit states of shape {tuple(x.shape[1:])}, {d} "
+                f"number{'s' * (d != 1)} each"
             )
         return self.at.to(x.device)
 
