@@ -1,4 +1,4 @@
-"""The command line: train, sample, evaluate, likelihood, simulate, check.
+"""The command line: train, sample, condition, evaluate, likelihood, simulate, check.
 
 Every verb prints what it made and where; `--json` prints one JSON object instead. Errors are one
 sentence: exit code 2 where the request is wrong, 1 where the work failed, 130 after Ctrl-C.
@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kakusan import verbs
+from kakusan import verbs, verbs_condition
 from kakusan.errors import KakusanError, UsageError
 from kakusan.verbs import Json, Quiet
+from kakusan.verbs_bridge import bridge
 
 if TYPE_CHECKING:
     from kakusan.pipeline import DiffusionModel
@@ -229,8 +230,10 @@ def evaluate(
         print(f"  {word:10}{place}")
 
 
+app.command()(verbs_condition.condition)
 app.command()(verbs.likelihood)
 app.command()(verbs.simulate)
+app.command()(bridge)
 
 
 @app.command()

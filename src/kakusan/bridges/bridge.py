@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kakusan.bridges.walks import check_inside
+from kakusan.bridges.walks import check_inside, narrowed
 from kakusan.core import grids
 from kakusan.core.noise import Keyed, Noise
 from kakusan.core.types import State, Time
@@ -18,6 +18,8 @@ from kakusan.inference.conditioning.finish import End
 from kakusan.inference.conditioning.learned import BridgeTilt
 from kakusan.inference.conditioning.paths import Conditioned, conditioned
 from kakusan.solvers.gaussian import EulerSteps, GaussianSteps
+
+SLACK = 0.05  # standard deviations that are near anyhow
 
 
 class Report(NamedTuple):
@@ -110,7 +112,8 @@ class Bridge:
             n: How many.
             steps: A number of equal steps instead of those it was learned on.
             grid: Times instead.
-            end: How they end; `Pinned()` by default, in y exactly.
+            end: How they end; `ModifiedBridge()` by default where the whole state is seen, else
+                `Pinned()`: in y exactly.
             seed: Fixes each path, whatever n.
             noise: Where the numbers come from, instead of a seed.
             keep: Whether to keep all states or the last alone.
@@ -131,6 +134,7 @@ class Bridge:
         check_inside(chain, observe, values, x)
         self._warn(values)
         with torch.no_grad():
+            end = end or narrowed(chain, observe, x)
             return conditioned(
                 chain, x.contiguous(), self.tilt, observe, values, noise=noise or Keyed(seed),
                 end=end, keep=keep,
@@ -144,7 +148,7 @@ class Bridge:
         gap, usual = nearest(told / scale, known), 0.0
         if len(known) > 2:
             usual = nearest(known[:512], known[512:] if len(known) > 1024 else known[1:]).max()
-        if gap.max() > 3 * usual + 1e-6:
+        if gap.max() > 3 * usual + SLACK:
             i = int(gap.argmax())
             kind = "the values it was learned for" if self.guided else "all that paths came to"
             warnings.warn(

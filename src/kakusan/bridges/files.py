@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kakusan.bridges.bridge import Bridge, Report
 from kakusan.errors import KakusanError
+from kakusan.inference.conditioning.ahead import Linearised
 from kakusan.inference.conditioning.learned import BridgeTilt
 from kakusan.inference.conditioning.linear import LinearTilt
 from kakusan.inference.conditioning.pull import Pull
@@ -33,6 +34,7 @@ from kakusan.training import files
 
 HEADER = "kakusan.Bridge"
 CHAINS = {kind.__name__: kind for kind in (EulerSteps, RosenbrockSteps)}
+PULLS = {kind.__name__: kind for kind in (Pull, Linearised)}
 ALIKE = 1e-5  # marks of one process on two machines differ by rounding alone
 
 Tensors = dict[str, Tensor]
@@ -55,7 +57,7 @@ def save_bridge(bridge: Bridge, path: str | File, about: dict[str, Any] | None =
         >>> from kakusan.bridges import learn_bridge
         >>> from kakusan.processes.zoo import DoubleWell
         >>> start, sde = torch.ones(1), DoubleWell(v=1.0)
-        >>> bridge = learn_bridge(sde, start, iterations=2, steps=5, paths=64)
+        >>> bridge = learn_bridge(sde, start, iterations=2, steps=20, paths=64)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_bridge(bridge, f"{folder}/well.safetensors", {"by": "me"})
         ...     again = load_bridge(f"{folder}/well.safetensors", sde)
@@ -141,11 +143,11 @@ def _header(path: File) -> dict[str, Any]:
         raise KakusanError(f"{path} is missing")
     try:
         with safetensors.safe_open(path, "pt") as handle:
-            words = (handle.metadata() or {}).get(HEADER, "null")
+            words = (handle.metadata() or {}).get(HEADER, "{}")
         header = json.loads(words)
     except (OSError, safetensors.SafetensorError, ValueError) as error:
         raise KakusanError(f"{path} is damaged or unreadable: {error}") from None
-    if header is None:
+    if "about" not in header:
         raise KakusanError(f"{path} holds no learned bridge")
     return header
 
@@ -213,23 +215,23 @@ def _check(path: str | File, steps: GaussianSteps, tensors: Tensors) -> None:
 def _base_words(base: Tilt, tensors: Tensors) -> dict[str, Any]:
     if type(base) is Untilted:
         return {"kind": "Untilted"}
-    if type(base) is Pull:
-        return {"kind": "Pull", "end": base.end}
+    if type(base) is Pull or type(base) is Linearised:
+        return {"kind": type(base).__name__, "end": base.end}
     if type(base) is LinearTilt:
         for name in ("slope", "offset", "sigma"):
             tensors[f"base.{name}"] = torch.as_tensor(getattr(base, name), dtype=torch.float64)
         return {"kind": "LinearTilt", "end": base.end}
     raise KakusanError(
         f"the base of this bridge is a {type(base).__name__}, which a file cannot build again: "
-        "Pull, LinearTilt and Untilted it can"
+        f"{', '.join(PULLS)}, LinearTilt and Untilted it can"
     )
 
 
 def _base(words: dict[str, Any], tensors: Tensors, sde: SDE, observe: Observation) -> Tilt:
     if words["kind"] == "Untilted":
         return Untilted(sde)
-    if words["kind"] == "Pull":
-        return Pull(sde, observe, words["end"])
+    if words["kind"] in PULLS:
+        return PULLS[words["kind"]](sde, observe, words["end"])
     parts = (tensors[f"base.{name}"] for name in ("slope", "offset", "sigma"))
     given = (v if v.ndim else v.item() for v in parts)
     return LinearTilt(sde, observe, *given, end=words["end"])

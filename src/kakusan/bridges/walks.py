@@ -15,6 +15,13 @@ from kakusan.core.operators import NotElliptic
 from kakusan.core.types import State, per_sample
 from kakusan.errors import KakusanError
 from kakusan.inference.conditioning.ahead import Linearised
+from kakusan.inference.conditioning.finish import (
+    End,
+    ModifiedBridge,
+    Pinned,
+    finishes,
+    placed,
+)
 from kakusan.inference.conditioning.linear import LinearTilt
 from kakusan.inference.conditioning.paths import conditioned
 from kakusan.inference.conditioning.pull import Pull
@@ -69,6 +76,8 @@ def grid_of(sde: SDE, observe: Observation, steps: int, grid: Tensor | None) -> 
             raise KakusanError(
                 f"observations at t={times.tolist()} do not lie between t={low:g} and t={high:g}"
             )
+        last = times.max() if low == grid[0] else times.min()
+        grid = grid[(grid - last) * (1 if low == grid[0] else -1) <= 1e-9]
         near = (grid - times.unsqueeze(1)).abs().amin(1) < 1e-9
         grid = torch.cat([grid, times[~near]]).sort(descending=bool(grid[0] > grid[-1])).values
     return grid
@@ -123,7 +132,8 @@ class Task(NamedTuple):
         x = self.starts(pairs, source).repeat_interleave(self.group, 0)
         which = torch.randint(len(self.ends), (pairs,), generator=source)
         y = self.ends[which.to(self.ends.device)].repeat_interleave(self.group, 0).to(x)
-        found = conditioned(self.steps, x, tilt, self.observe, y, noise=noise)
+        end = narrowed(self.steps, self.observe, x)
+        found = conditioned(self.steps, x, tilt, self.observe, y, noise=noise, end=end)
         weight, ess = flattened(found.log_weights.view(pairs, -1))
         return Walk(found.path, y, weight.flatten().to(x), len(self.steps), ess)
 
@@ -146,6 +156,15 @@ class Task(NamedTuple):
         if last == len(self.steps):
             return self.base
         return type(self.base)(self.base.sde, self.observe, end)  # pyright: ignore
+
+
+def narrowed(steps: GaussianSteps, observe: Observation, x: State) -> End:
+    """Where the whole state is seen, and one step's noise reaches it, paths narrow towards it."""
+    parts = placed(steps, observe)
+    if not all(isinstance(part.what, Terminal) for part in parts):
+        return Pinned()
+    last = finishes(steps, x, parts).values()
+    return ModifiedBridge() if all(f.at - f.first == 1 for f in last) else Pinned()
 
 
 def seen(observe: Observation, path: Path, last: int, source: torch.Generator) -> Tensor:
