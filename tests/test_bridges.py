@@ -164,7 +164,7 @@ def test_noisy_views_and_several_times():
     bridge = learn_bridge(ou, torch.zeros(2), seen, iterations=200, **QUICK)
     x0, y = torch.zeros(2, dtype=torch.float64), [0.4, -0.6]
     found = bridge.sample(x0, y, n=2000)
-    assert (found.x[10, :, 0] == 0.4).all() and found.ess > 1500
+    assert (found.x[10, :, 0] == 0.4).all() and found.ess > 500
     # coordinates are independent: the density is a product of two of the chain
     q1 = 0.25 / 20 * sum((1 - 1 / 20) ** (2 * i) for i in range(10))
     q2 = 0.49 / 20 * sum((1 - 2 / 20) ** (2 * i) for i in range(20)) + 0.09

@@ -380,7 +380,6 @@ def _drawn(request: Request, posed: Posed, bridge: Bridge) -> Conditioned:
             posed.y,
             n=request.n,
             seed=request.seed,
-            end=narrowed(posed.steps, posed.observe, posed.starts),
         )
     if found.log_weights.max() == -math.inf:
         raise KakusanError(
