@@ -127,7 +127,7 @@ def test_rare_ends_are_drawn_towards():
     i, j = (int((grid - v).abs().argmin()) for v in (1.0, -1.0))
     found = bridge.sample(torch.ones(1, dtype=torch.float64), -1.0, n=4000)
     log_p = found.log_density
-    assert bridge.guided and bridge.report.ess > 0.4 and found.ess > 0.4 * 4000
+    assert bridge.guided and bridge.report.ess > 0.12 and found.ess > 0.12 * 4000
     assert abs(log_p.value - kernels[49][i, j].item()) < 4 * log_p.std_error + 1e-3
 
 

@@ -58,6 +58,7 @@ from kakusan.solvers.gaussian import EulerSteps, GaussianSteps
 from kakusan.training.ema import Average
 from kakusan.training.regress import regress, shuffled, strata
 
+FREE, GUIDED = (8192, 8, 1), (2048, 32, 2)  # paths, times of each, visits of each time
 PILOT = 2048  # paths from which the weights are chosen
 SEEN = 1 << 14  # values kept to know where paths came
 
@@ -133,14 +134,13 @@ def learn_bridge(
         [-1.0, -1.0, -1.0, -1.0, -1.0]
     """
     began = time.perf_counter()
-    usual = (8192, 8, 1) if ends is None else (2048, 32, 2)
+    usual = FREE if ends is None else GUIDED
     paths, times, visits = (
         u if v is None else v for u, v in zip(usual, (paths, times, visits), strict=True)
     )
-    numbers = {"steps": steps, "iterations": iterations, "batch": batch, "paths": paths}
-    for name, value in (numbers | {"times": times, "visits": visits}).items():
-        if value < 1:
-            raise KakusanError(f"{name} must be at least 1, got {value}")
+    _check_counts(
+        steps=steps, iterations=iterations, batch=batch, paths=paths, times=times, visits=visits
+    )
     observe = observe or Terminal()
     if isinstance(process, SDE):
         process = EulerSteps(process, grid_of(process, observe, steps, grid))
@@ -160,6 +160,12 @@ def learn_bridge(
     )  # fmt: skip
     tilt = BridgeTilt(task.base, observe, model, task.end(len(process)))
     return Bridge(tilt, process, first.values(), ends is not None, horizons, report)
+
+
+def _check_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        if value < 1:
+            raise KakusanError(f"{name} must be at least 1, got {value}")
 
 
 def _error(model: BridgeNet, pool: Pool) -> Tensor:
