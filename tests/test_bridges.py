@@ -177,7 +177,7 @@ def test_noise_that_reaches_one_coordinate_alone():
     """FitzHugh-Nagumo: weights by the Malliavin matrix, and the voltage is met all the same."""
     sde = kk.FitzHughNagumo(span=(0.0, 0.5))
     bridge = learn_bridge(
-        sde, sde.start, Coordinates([0]), steps=25, paths=512, times=6, iterations=60, quiet=True
+        sde, sde.start, Coordinates([0]), steps=25, paths=256, times=12, iterations=60, quiet=True
     )
     assert "Covering" in bridge.report.weights
     found = bridge.sample(sde.start, -0.6, n=300)

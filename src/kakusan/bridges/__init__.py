@@ -41,6 +41,7 @@ from kakusan.bridges.walks import (
     Task,
     Walk,
     grid_of,
+    invertible,
     pools_of,
 )
 from kakusan.core.noise import generator, mix
@@ -58,7 +59,8 @@ from kakusan.solvers.gaussian import EulerSteps, GaussianSteps
 from kakusan.training.ema import Average
 from kakusan.training.regress import regress, shuffled, strata
 
-FREE, GUIDED = (8192, 8, 1), (2048, 32, 2)  # paths, times of each, visits of each time
+# paths, times of each, visits of each time
+FREE, GUIDED, COVERED = (8192, 8, 1), (2048, 32, 2), (1024, 64, 2)
 PILOT = 2048  # paths from which the weights are chosen
 SEEN = 1 << 14  # values kept to know where paths came
 
@@ -105,18 +107,18 @@ def learn_bridge(
             are shorter than the span.
         weights: What is regressed on; by default `Window()`, with the window that has the least
             variance, and `Covering()` where G has no inverse.
-        base: The pull that the network corrects; by default `Pull`, or `LinearTilt.around` the
-            mean of the ends where G has no inverse.
+        base: The pull that the network corrects; by default `LinearTilt.exact` for linear
+            processes, `Pull` where the noise reaches what is seen, else `Linearised`.
         net: A network (x, pull, y, levels) -> like the pull; see `BridgeNet`.
         width: The number of hidden units of the default network.
         depth: The number of its hidden layers.
         iterations: How many steps the optimiser takes.
         batch: How many states a step sees.
-        paths: How many paths are simulated at a time; 8192 by default, and 2048 of those that
-            are drawn towards ends, which cost more.
-        times: At how many random times a path is used; 8, or 32, by default.
-        visits: How often each of these states is seen before the paths are replaced; once, or
-            twice, by default.
+        paths: How many paths are simulated at a time; by default 8192, 2048 of those that are
+            drawn towards ends, and 1024 where `Covering` weighs them, which costs more each.
+        times: At how many random times a path is used; by default 8, 32 and 64.
+        visits: How often each of these states is seen before the paths are replaced; by default
+            once, and twice of those that cost more.
         lr: Where the learning rate starts; it falls to zero along half a cosine.
         ema: The decay of the average of the weights, which is what is returned.
         seed: All numbers are functions of it.
@@ -134,16 +136,13 @@ def learn_bridge(
         [-1.0, -1.0, -1.0, -1.0, -1.0]
     """
     began = time.perf_counter()
-    usual = FREE if ends is None else GUIDED
-    paths, times, visits = (
-        u if v is None else v for u, v in zip(usual, (paths, times, visits), strict=True)
-    )
-    _check_counts(
-        steps=steps, iterations=iterations, batch=batch, paths=paths, times=times, visits=visits
-    )
+    _check_counts(steps=steps, iterations=iterations, batch=batch)
     observe = observe or Terminal()
     if isinstance(process, SDE):
         process = EulerSteps(process, grid_of(process, observe, steps, grid))
+    covered = isinstance(weights, Covering) or weights is None and not invertible(process, start)
+    usual = COVERED if covered else FREE if ends is None else GUIDED
+    paths, times, visits = _chosen(usual, paths=paths, times=times, visits=visits)
     # a net, and starts that are a function, may draw from the global generator
     with torch.random.fork_rng():
         torch.manual_seed(mix(seed))
@@ -166,6 +165,13 @@ def _check_counts(**counts: int) -> None:
     for name, value in counts.items():
         if value < 1:
             raise KakusanError(f"{name} must be at least 1, got {value}")
+
+
+def _chosen(usual: tuple[int, ...], **asked: int | None) -> tuple[int, ...]:
+    """What was asked for, or what is usual."""
+    counts = {k: u if v is None else v for u, (k, v) in zip(usual, asked.items(), strict=True)}
+    _check_counts(**counts)
+    return tuple(counts.values())
 
 
 def _error(model: BridgeNet, pool: Pool) -> Tensor:

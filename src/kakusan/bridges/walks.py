@@ -158,6 +158,16 @@ class Task(NamedTuple):
         return type(self.base)(self.base.sde, self.observe, end)  # pyright: ignore
 
 
+def invertible(steps: GaussianSteps, start: Starts) -> bool:
+    """Whether G has an inverse where paths start."""
+    x = states_of(start)(2, generator(0, FIRST, 1))
+    try:
+        steps.operator(x, 0).tsolve(x.new_zeros(steps.noise_shape(x)))
+    except NotElliptic:
+        return False
+    return True
+
+
 def narrowed(steps: GaussianSteps, observe: Observation, x: State) -> End:
     """Where the whole state is seen, and one step's noise reaches it, paths narrow towards it."""
     parts = placed(steps, observe)
