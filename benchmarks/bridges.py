@@ -3,7 +3,7 @@
 Sections, each a table; `--only` picks some:
 
     brownian   bridges of Brownian motion, d = 1 and 10: MV and Dist
-    wells      a double well of v = 5 from 1 to -1, d = 1 and 10, one path in 2,000: MV and Dist
+    wells      a double well of v = 5 from 1 to -1, d = 1 and 10, one path in 5,800: MV and Dist
     scores     the slope of log p(X_1 = -1 | X_s = x) of double wells at five points
     linear     Ornstein-Uhlenbeck and linear-Gaussian bridges: means and variances
     cells      the cell model: normal, rare, several modes

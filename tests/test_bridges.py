@@ -225,3 +225,13 @@ def test_what_is_refused():
         learn_bridge(kk.Brownian(), torch.ones(1), Series({2.0: Terminal()}))
     with pytest.raises(kk.KakusanError, match="iterations must be at least 1"):
         learn_bridge(kk.Brownian(), torch.ones(1), iterations=0)
+
+
+def test_noise_after_an_observation_says_nothing_of_it():
+    """Brownian motion seen at 1/2 and at 1: before 1/2 what comes later does not matter."""
+    seen = Series({0.5: Terminal(), 1.0: Terminal()})
+    far = LinearTilt(kk.Brownian(), seen, slope=-3.0)  # a wrong pull, for the network to mend
+    bridge = learn_bridge(kk.Brownian(), spread, seen, base=far, iterations=500, **QUICK)
+    x = torch.zeros(1, 1, dtype=torch.float64)
+    for y, t, exact in (([1.0, 0.0], 0.0, 2.0), ([0.0, 1.0], 0.0, 0.0), ([0.0, 0.5], 0.75, 2.0)):
+        assert abs(bridge.score(x, t, y).item() - exact) < 0.35, (y, t)

@@ -13,6 +13,7 @@ from kakusan.inference.guidance.classifier import Classifier
 from kakusan.inference.guidance.moments import MomentMatching
 from kakusan.inference.guidance.pigdm import PiGDM
 from kakusan.inference.guidance.twisted import Twisted
+from kakusan.learned_conditions import Learned, learn_condition
 from kakusan.processes.observations import Coordinates, Event, Label, Measured, Series, Terminal
 
 TINY = ["model.width=16", "model.attention=0", "train.batch=16", "train.steps=20",
@@ -149,6 +150,27 @@ def test_requests_that_make_no_sense_are_refused(model):
     assert conditioning.ConditionedSamples.__doc__
 
 
+def test_a_tilt_that_was_learned_conditions(model):
+    """Once for all values, or on the way; by itself or by a label."""
+    how, left = Learned(steps=4, paths=64, iterations=20, particles=40), slice(0, 4)
+    ink = Measured(lambda x: x[..., left].flatten(1).mean(1, keepdim=True))
+    tilt = learn_condition(model, ink, how)
+    for y in (-0.5, -0.3):
+        found = model.condition(ink, y, 3, how=tilt, seed=2)
+        assert found.missed.max() < 1e-6 and found.log_weights.shape == (40,)
+        assert torch.equal(found.samples, tilt.sample(y, 3, seed=2).samples)
+        assert torch.equal(found.samples, model.condition(ink, y, 3, how=how, seed=2).samples)
+    bright = Event(lambda x: x.flatten(1).mean(1) > -0.5)
+    assert (model.condition(bright, 1, 3, how=how, label="3").missed == 0).all()
+    for see, options, said in (
+        (bright, {"how": tilt}, "the tilt was learned for"),
+        (ink, {"how": tilt, "label": "3"}, "has its class from learn_condition"),
+        (ink, {"how": how, "label": ["3", "7"]}, "one value and one class at a time"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            model.condition(see, 1, 2, **options)
+
+
 # --- the verb
 
 
@@ -233,6 +255,26 @@ def test_numbers_of_points_are_given(kakusan, tmp_path):
     assert code == 2 and "look at pictures, and this model draws vectors" in err
     code, _, err = kakusan("points", "--given", "x1=0", "--label", "3")
     assert code == 2 and "trained without labels" in err
+
+
+def test_a_learned_tilt_is_kept_and_used_again(kakusan, trained):
+    words = ("--by", "learned", "-n", 2, "--rehearse", 32, "--particles", 32, "--json")
+    event = ("--event", "ink>0.3")
+    first, again, other = (json.loads(kakusan(trained, *ask, *words)[1])
+                           for ask in (event, event, ("--event", "left<right")))  # fmt: skip
+    assert (first["reused"], again["reused"], other["reused"]) == (False, True, False)
+    assert {**again, "reused": False} == first and first["missed"] == 0
+    assert first["learned"]["paths"] == 32 and len([*(trained / "conditions").iterdir()]) == 2
+    # one file for all values of a measurement
+    rows = [json.loads(kakusan(trained, "--measure", "project:2", "--row", i, *words)[1])
+            for i in (0, 1)]  # fmt: skip
+    assert [row["reused"] for row in rows] == [False, True]
+    code, out, _ = kakusan(trained, *event, "-n", 2, "--steps", 3, "--particles", 64)
+    assert code == 0 and "given ink>0.3, by Twisted(base=None, particles=64" in out
+    assert (trained / "conditioned" / "ink-0.3-0.png").is_file()
+    for text, said in (("ink", "compares, as ink>0.4"), ("fog>1", "not 'fog' of images")):
+        code, _, err = kakusan(trained, "--event", text)
+        assert code == 2 and said in err
 
 
 def test_mistakes_are_sentences(kakusan, trained, birds, tmp_path):

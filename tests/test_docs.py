@@ -12,7 +12,7 @@ import pytest
 import torch
 import typer
 
-from kakusan import DiffusionModel, learn
+from kakusan import DiffusionModel, bridges, learn
 from kakusan.cli import app
 from kakusan.training.config import configure
 
@@ -132,7 +132,11 @@ def test_python_on_the_page_runs(page, run, tmp_path, monkeypatch):
     if not code:
         return
     fit, evaluate = DiffusionModel._fit, DiffusionModel.evaluate
-    learn_score = learn.learn_score
+    learn_score, learn_bridge, sample = (
+        learn.learn_score,
+        bridges.learn_bridge,
+        bridges.Bridge.sample,
+    )
 
     def small_fit(cls, config, *rest, **options):
         return fit(tiny(config), *rest, **options)
@@ -143,7 +147,15 @@ def test_python_on_the_page_runs(page, run, tmp_path, monkeypatch):
     def small_learn_score(*args, **options):
         return learn_score(*args, **{**options, "steps": 10, "iterations": 4, "paths": 64})
 
+    def small_learn_bridge(*args, **options):
+        return learn_bridge(*args, **{**options, "iterations": 2, "paths": 64, "times": 2})
+
+    def small_sample(self, x0, y, n=50, **options):
+        return sample(self, x0, y, min(n, 50), **options)
+
     monkeypatch.setattr(learn, "learn_score", small_learn_score)
+    monkeypatch.setattr(bridges, "learn_bridge", small_learn_bridge)
+    monkeypatch.setattr(bridges.Bridge, "sample", small_sample)
     monkeypatch.setattr(DiffusionModel, "_fit", classmethod(small_fit))
     monkeypatch.setattr(DiffusionModel, "evaluate", small_evaluate)
     monkeypatch.chdir(tmp_path)

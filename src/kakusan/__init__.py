@@ -117,6 +117,8 @@ if TYPE_CHECKING:
     from kakusan.bridges.files import save_bridge as save_bridge
     from kakusan.certification import Certificate as Certificate
     from kakusan.certification import certify as certify
+    from kakusan.condition_files import load_condition as load_condition
+    from kakusan.condition_files import save_condition as save_condition
     from kakusan.core.bits import bits_per_dim as bits_per_dim
     from kakusan.core.trace import ExactTrace as ExactTrace
     from kakusan.core.trace import Hutchinson as Hutchinson
@@ -124,6 +126,7 @@ if TYPE_CHECKING:
     from kakusan.core.trace import Normals as Normals
     from kakusan.core.trace import Orthogonal as Orthogonal
     from kakusan.core.trace import Signs as Signs
+    from kakusan.inference.conditioning.ahead import Linearised as Linearised
     from kakusan.inference.conditioning.finish import Free as Free
     from kakusan.inference.conditioning.finish import ModifiedBridge as ModifiedBridge
     from kakusan.inference.conditioning.finish import Pinned as Pinned
@@ -137,6 +140,8 @@ if TYPE_CHECKING:
     from kakusan.inference.guidance import MomentMatching as MomentMatching
     from kakusan.inference.guidance import PiGDM as PiGDM
     from kakusan.inference.guidance import Twisted as Twisted
+    from kakusan.inference.guidance.learned import Denoised as Denoised
+    from kakusan.inference.guidance.learned import PathNoise as PathNoise
     from kakusan.inference.likelihood import LogProb as LogProb
     from kakusan.inference.likelihood import decode as decode
     from kakusan.inference.likelihood import encode as encode
@@ -146,6 +151,9 @@ if TYPE_CHECKING:
     from kakusan.inference.weights import log_mean_exp as log_mean_exp
     from kakusan.inference.weights import path_log_weights as path_log_weights
     from kakusan.learn import learn_score as learn_score
+    from kakusan.learned_conditions import Learned as Learned
+    from kakusan.learned_conditions import LearnedCondition as LearnedCondition
+    from kakusan.learned_conditions import learn_condition as learn_condition
     from kakusan.models.energy import Energy as Energy
     from kakusan.objectives.chain import Analytic as Analytic
     from kakusan.objectives.chain import Chain as Chain
@@ -207,6 +215,14 @@ __version__ = "0.1.0"
 
 # rooms that need more than torch, or that not everybody enters: opened by name
 _ROOMS = {
+    "learn_condition": "kakusan.learned_conditions",
+    "Learned": "kakusan.learned_conditions",
+    "LearnedCondition": "kakusan.learned_conditions",
+    "load_condition": "kakusan.condition_files",
+    "save_condition": "kakusan.condition_files",
+    "Denoised": "kakusan.inference.guidance.learned",
+    "PathNoise": "kakusan.inference.guidance.learned",
+    "Linearised": "kakusan.inference.conditioning.ahead",
     "Bridge": "kakusan.bridges",
     "learn_bridge": "kakusan.bridges",
     "load_bridge": "kakusan.bridges.files",

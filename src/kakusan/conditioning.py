@@ -29,6 +29,7 @@ from kakusan.solvers.exponential import generate
 from kakusan.training.progress import progress
 
 if TYPE_CHECKING:
+    from kakusan.learned_conditions import Learned, LearnedCondition
     from kakusan.pipeline import DiffusionModel
 
 FAINT = 0.05  # below this alpha / r a network's slope is more error than slope; measured on MNIST
@@ -45,9 +46,9 @@ class ConditionedSamples:
             class or an event, the probability that it is not y.
         mended: By how much it did so before the exact values were put in, where std is 0.
         how: The guidance, in words.
-        log_weights: Of the particles of `Twisted`, (P,), normalised; the samples are drawn by
-            them, so that each counts the same.
-        log_evidence: log p(y), as `Twisted` estimates it.
+        log_weights: Of the particles of `Twisted` or the paths of a learned tilt, (P,),
+            normalised; the samples are drawn by them, so that each counts the same.
+        log_evidence: log p(y), as they estimate it.
         ess: The smallest effective number of those particles on the way: where it is small the
             samples are near relatives, and vary too little.
     """
@@ -93,7 +94,7 @@ def condition(
     y: Any,
     n: int = 16,
     *,
-    how: Guidance | Twisted | None = None,
+    how: Guidance | Twisted | Learned | LearnedCondition | None = None,
     steps: int = 50,
     noise: float = 1.0,
     seed: int = 0,
@@ -115,7 +116,8 @@ def condition(
             of which the seen part is taken.
         n: How many.
         how: The guidance. By default `PiGDM()` for a linear measurement, `Classifier()` for
-            classes with a slope and `Twisted()` for anything else.
+            classes with a slope and `Twisted()` for anything else. `Learned()` learns a tilt
+            first, and what `learn_condition` returned is one: these bring their own steps.
         steps: Evaluations of the network a sample; each takes its derivative as well.
         noise: 1 follows Anderson's reverse SDE, whose fresh noise washes out what guidance gets
             wrong; 0 the probability flow.
@@ -137,6 +139,8 @@ def condition(
         >>> found.samples[:, 0]
         tensor([1.5000, 1.5000, 1.5000])
     """
+    from kakusan.learned_conditions import Learned, LearnedCondition  # which builds on this
+
     draw = sampling.Draw(n, steps, noise, seed, None, guidance, batch, False)
     free = model.config.model.label_dropout > 0
     sampling.check(draw, model.classes is not None, free)
@@ -148,6 +152,8 @@ def condition(
     draw = draw._replace(labels=sampling.given(model.classes, n, label, free))
     like = next(model.denoiser.parameters()).new_zeros((1, *model.codec.shape))
     rows = _rows(observation, y, like.expand(n, *like.shape[1:]))
+    if isinstance(how, (Learned, LearnedCondition)):
+        return _learned(model, Given(observation, rows, draw), how, label, quiet)
     how = how or _default(observation, rows[:1], like)
     how.check(observation)  # before the work
     asked = Given(observation, rows, draw)
@@ -189,10 +195,33 @@ def _guided(
         source = Keyed(draw.seed, i, sampling.PATH)
         seen = Guided(prior, how, observation, rows)
         x = generate(net.process, seen, x1, draw.steps, draw.noise, source)
-        parts.append([part.cpu() for part in _met(observation, rows, x)])
+        parts.append([part.cpu() for part in met(observation, rows, x)])
         advance(i + len(rows))
     x, missed, mended = (torch.cat(column) for column in zip(*parts, strict=True))
     return ConditionedSamples(x, y.cpu(), missed, mended, repr(how))
+
+
+def _learned(
+    model: DiffusionModel, asked: Given, how: Learned | LearnedCondition, label: Any, quiet: bool
+) -> ConditionedSamples:
+    """By a tilt, which is learned here unless it is given."""
+    from kakusan.learned_conditions import Learned, learn_condition
+
+    observation, y, draw = asked
+    if isinstance(label, list) or not bool((y == y[:1]).all()):
+        raise UsageError(
+            "a learned tilt draws for one value and one class at a time: condition on one after "
+            "the other; what learn_condition returns serves all values"
+        )
+    if isinstance(how, Learned):
+        with torch.enable_grad():
+            how = learn_condition(model, observation, how, label=label, guidance=draw.guidance,
+                                  quiet=quiet)  # fmt: skip
+    elif how.observation is not observation:
+        raise UsageError(f"the tilt was learned for {how.observation}, not for {observation}")
+    elif label is not None or draw.guidance != 1:
+        raise UsageError("a learned tilt has its class from learn_condition(..., label=)")
+    return how.sample(y[:1], draw.n, draw.seed, quiet=quiet)
 
 
 def _twisted(
@@ -210,16 +239,21 @@ def _twisted(
     grid = angle_grid(net.process, net.process.span[1], 0.0, draw.steps, rho=1.5)
     x1 = _start(net, max(how.particles, draw.n), 0, draw.seed, like)
     found = how.run(
-        _prior(net, _OneLabel(net, labels, draw.guidance)), observation, y[:1], x1, grid,
+        prior_of(net, labels, draw.guidance), observation, y[:1], x1, grid,
         draw.noise, mix(draw.seed, sampling.PATH), draw.batch,
         lambda k: advance(draw.n * k // draw.steps),
     )  # fmt: skip
     x = found.draw(draw.n, draw.seed)
-    x, missed, mended = _met(observation, y, x)
+    x, missed, mended = met(observation, y, x)
     return ConditionedSamples(
         x.cpu(), y.cpu(), missed.cpu(), mended.cpu(), repr(how), found.log_weights.cpu(),
         found.log_evidence, found.ess.min().item(),
     )  # fmt: skip
+
+
+def prior_of(net: Denoiser, label: Tensor | None = None, guidance: float = 1.0) -> Prior:
+    """A denoiser before anything was seen, for one label (1,) or none and any number of states."""
+    return _prior(net, _OneLabel(net, label, guidance))
 
 
 def _prior(net: Denoiser, score: ScoreField) -> Prior:
@@ -233,7 +267,7 @@ def _start(net: Denoiser, n: int, first: int, seed: int, like: State) -> State:
     return size * Keyed(seed, first, sampling.START).normal(0, (n, *like.shape[1:]), like)
 
 
-def _met(observation: Observation, y: Tensor, x: State) -> tuple[State, Tensor, Tensor]:
+def met(observation: Observation, y: Tensor, x: State) -> tuple[State, Tensor, Tensor]:
     """States that meet y where it has no noise; how far they are from y now, and were before."""
     before = _missed(observation, y, x)
     if not isinstance(observation, Linear) or observation.std:

@@ -6,6 +6,7 @@ of the sample that was looked at.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +18,7 @@ from torch.nn.functional import avg_pool2d, conv2d, pad
 from kakusan.core.noise import generator
 from kakusan.errors import KakusanError, UsageError
 from kakusan.inference.guidance.common import projected
-from kakusan.processes.observations import Coordinates, Linear, Measured
+from kakusan.processes.observations import Coordinates, Event, Linear, Measured, Observation
 from kakusan.training.data import TableCodec
 from kakusan.training.data.columns import Number
 from kakusan.training.data.images import MODES, Target
@@ -41,7 +42,7 @@ class Scene(NamedTuple):
         label: A class that was given.
     """
 
-    observation: Linear
+    observation: Observation
     y: Tensor
     words: str
     original: Tensor | None
@@ -270,6 +271,56 @@ def _cell(codec: Any, name: str, value: str) -> tuple[int, list[float]]:
     else:
         raise UsageError(f"{name} is never {value!r}; it is {', '.join(column.levels)}")
     return lo, column.expand(torch.tensor([code], dtype=torch.float64))[0].tolist()
+
+
+# --- events
+
+
+def happening(model: DiffusionModel, text: str, label: str | None) -> Scene:
+    """A comparison of two parts of a sample, or of a part with a number, as an event.
+
+    Parts of a picture are `ink`, its mean on a scale from 0 (black) to 1 (white), and that of a
+    half, `left`, `right`, `top` or `bottom`; of points x1, x2, ... in their own units.
+    """
+    for sign in "<>":
+        one, found, other = (word.strip() for word in text.partition(sign))
+        if found:
+            break
+    else:
+        raise UsageError(f"--event compares, as ink>0.4 or left>right, got {text!r}")
+    a, b = _part(model, one), _part(model, other)
+    if sign == "<":
+        a, b = b, a
+    seen = Event(lambda x: a(x) > b(x))
+    open_ = torch.ones(model.codec.shape, dtype=torch.bool)
+    return Scene(seen, torch.ones(1, 1), text, None, None, open_, label)
+
+
+def _part(model: DiffusionModel, word: str) -> Callable[[Tensor], Tensor]:
+    """A number of each sample, (B,), by its name; or a number."""
+    codec: Any = model.codec
+    halves = {"left": (..., slice(0, codec.shape[-1] // 2)),
+              "right": (..., slice(-(codec.shape[-1] // 2), None))}  # fmt: skip
+    if len(codec.shape) == 3:
+        rows = codec.shape[1] // 2
+        halves |= {"top": (..., slice(0, rows), slice(None)),
+                   "bottom": (..., slice(-rows, None), slice(None))}  # fmt: skip
+    if codec.kind == "images" and (word == "ink" or word in halves):
+        at = halves.get(word, (...,))
+        return lambda x: (x[at].flatten(1).mean(1) + 1) / 2
+    number = word.removeprefix("x")
+    if codec.kind == "vectors" and number.isdigit() and number != word:
+        i = _entry(codec, word, "0")[0]
+        mean, std = float(codec.mean[i]), float(codec.std[i])
+        return lambda x: x[:, i] * std + mean
+    try:
+        value = float(word)
+    except ValueError:
+        raise UsageError(
+            f"--event knows ink, left, right, top and bottom of pictures and x1, x2, ... of "
+            f"points, and numbers; not {word!r} of {codec.kind}"
+        ) from None
+    return lambda x: x.new_full((len(x),), value)
 
 
 def _entry(codec: Any, name: str, value: str) -> tuple[int, list[float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from kakusan.pipeline import DiffusionModel
     from kakusan.scenes import Scene
 
-GUIDES = ("pigdm", "moments", "dps", "twisted")
+GUIDES = ("pigdm", "moments", "dps", "twisted", "learned")
 
 Mask = Annotated[
     str | None,
@@ -42,6 +43,14 @@ Given = Annotated[
         help="A column of a table, or x1=0.5 of points; may be given several times.",
     ),
 ]
+Happens = Annotated[
+    str | None,
+    typer.Option(
+        "--event", metavar="A>B",
+        help="What holds of a sample: ink>0.4, left>right of pictures (ink from 0 to 1), x1<0.5 "
+        "of points.",
+    ),
+]  # fmt: skip
 Std = Annotated[
     float | None,
     typer.Option(
@@ -56,8 +65,9 @@ Picture = Annotated[
 By = Annotated[
     str | None,
     typer.Option(
-        help="pigdm, moments, dps, or twisted: particles that correct pigdm, slower and exact "
-        "with many.  \\[default: pigdm of pictures, twisted of columns]"
+        help="pigdm, moments, dps; twisted: particles that correct pigdm, slower and exact with "
+        "many; learned: a tilt learned from the model's own samples, a minute or more once, kept "
+        "in RUN/conditions for all values.  \\[default: pigdm of pictures, else twisted]"
     ),
 ]
 
@@ -67,6 +77,7 @@ def condition(
     mask: Mask = None,
     measure: Measure = None,
     given: Given = None,
+    event: Happens = None,
     row: Row = 0,
     image: Picture = None,
     std: Std = None,
@@ -76,7 +87,10 @@ def condition(
     guidance: Annotated[float, typer.Option(help="Weight of the label; 1 is plain.")] = 1.0,
     n: Annotated[int, typer.Option("-n", help="How many.")] = 8,
     by: By = None,
-    particles: Annotated[int, typer.Option(help="Those of --by twisted.")] = 512,
+    particles: Annotated[
+        int, typer.Option(help="Those of --by twisted, and the paths of --by learned.")
+    ] = 512,
+    rehearse: Annotated[int, typer.Option(help="Samples that --by learned learns from.")] = 2048,
     steps: Annotated[int, typer.Option(help="Evaluations of the network a sample.")] = 50,
     noise: Annotated[
         float, typer.Option(help="1: Anderson's reverse SDE; 0: probability-flow ODE.")
@@ -94,44 +108,60 @@ def condition(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Draw from a trained model given a part of a picture, a measurement, or some columns.
+    """Draw from a trained model given a part of a picture, a measurement, columns or an event.
 
-    Nothing is trained. --mask hides a part of a held-out picture and draws what may have been
-    there; --given fixes columns of a table.
+    The model is not trained. --mask hides a part of a held-out picture and draws what may have
+    been there; --given fixes columns of a table; --event asks for what holds of a sample.
 
     Example:  kakusan condition runs/digits --mask top -n 8
     """
     from kakusan import scenes
+    from kakusan.condition_files import kept_condition
+    from kakusan.inference.guidance.twisted import Twisted
+    from kakusan.learned_conditions import Learned
     from kakusan.pipeline import DiffusionModel
 
-    asked = [word for word, value in (("--mask", mask), ("--measure", measure), ("--given", given))
-             if value]  # fmt: skip
+    asked = [word for word, value in (("--mask", mask), ("--measure", measure), ("--given", given),
+                                 ("--event", event)) if value]  # fmt: skip
     if len(asked) != 1:
         raise UsageError(_which(asked, label))
     model = DiffusionModel.load(run, device)
-    how = _guide(by or ("twisted" if given else "pigdm"), particles)
-    if given:
+    by = by or ("twisted" if given or event else "pigdm")
+    how = _guide(by, particles, rehearse)
+    if event:
+        scene = scenes.happening(model, event, label)
+        how = Twisted(particles=particles) if by == "twisted" else how
+    elif given:
         scene = scenes.columns(model, given, std or 0.0, label)
     else:
         original, name = scenes.looked_at(model, row, image)
         scene = scenes.pictured(model, original, name, mask, measure, std, seed)._replace(
             label=label
         )
-    place = out or run / "conditioned" / f"{_name(mask or measure or given, image, row)}-{seed}"
+    name = _name(mask or measure or given or [event or ""], image, row)
+    place = out or run / "conditioned" / f"{name}-{seed}"
     places = _places(model, place)  # refused before the work
+    about: dict[str, Any] = {"n": n, "seed": seed, "given": scene.words}
     options: dict[str, Any] = {"seed": seed, "batch": batch, "quiet": quiet or as_json}
-    found = model.condition(
-        scene.observation, scene.y, n, how=how, steps=steps, noise=noise, label=scene.label,
-        guidance=guidance, **options,
-    )  # fmt: skip
+    if isinstance(how, Learned):
+        words = _words(scene, event, model.codec.shape)
+        tilt, reused = kept_condition(run, model, scene.observation, how, words,
+                                      label=scene.label, guidance=guidance,
+                                      quiet=quiet or as_json)  # fmt: skip
+        found = tilt.sample(scene.y, n, seed, quiet=quiet or as_json)
+        about |= {"reused": reused, "learned": tilt.report and tilt.report._asdict()}
+    else:
+        found = model.condition(
+            scene.observation, scene.y, n, how=how, steps=steps, noise=noise, label=scene.label,
+            guidance=guidance, **options,
+        )  # fmt: skip
     numbers = _numbers(found, scene)
     if scene.original is not None:
         blind = model.sample(n, **options)  # the model's own steps: it saw nothing
         numbers["distance_unseen"] = _away(blind, scene)
     made = _write(model, found, scene, places)
     if as_json:
-        about = {"n": n, "seed": seed, "given": scene.words, "how": found.how}
-        print(json.dumps({**about, **numbers, **made}))
+        print(json.dumps({**about, "how": found.how, **numbers, **made}))
         return
     print(_summary(scene, found, numbers))
     for word, path in made.items():
@@ -142,25 +172,38 @@ def _which(asked: list[str], label: str | None) -> str:
     if asked:
         return f"{' and '.join(asked)} are different things to see; choose one"
     if label is not None:
-        return ("--label goes with --mask, --measure or --given here; kakusan sample RUN "
+        return ("--label goes with --mask, --measure, --given or --event here; kakusan sample RUN "
                 f"--label {label} draws a class alone")  # fmt: skip
     return (
         "what was seen? --mask top hides a half of a picture, --given column=value fixes a column"
     )
 
 
-def _guide(by: str, particles: int) -> Any:
+def _guide(by: str, particles: int, rehearse: int) -> Any:
     """The guidance of a name."""
     from kakusan.inference.guidance.dps import DPS
     from kakusan.inference.guidance.moments import MomentMatching
     from kakusan.inference.guidance.pigdm import PiGDM
     from kakusan.inference.guidance.twisted import Twisted
+    from kakusan.learned_conditions import Learned
 
     if by not in GUIDES:
         raise UsageError(f"no guidance named {by!r}; known are {', '.join(GUIDES)}")
+    if by == "learned":
+        return Learned(paths=rehearse, particles=particles)
     if by == "twisted":
         return Twisted(PiGDM(), particles)
     return {"pigdm": PiGDM(), "moments": MomentMatching(), "dps": DPS()}[by]
+
+
+def _words(scene: Scene, event: str | None, shape: tuple[int, ...]) -> str:
+    """What stands for an observation alone, whatever was seen."""
+    if event is not None:
+        return f"event {event}"
+    import torch
+
+    H = scene.observation.matrix(torch.zeros(1, *shape)).numpy()  # pyright: ignore
+    return f"linear {zlib.crc32(H.tobytes()):08x} {H.shape} {scene.observation.std}"  # pyright: ignore
 
 
 # --- results
@@ -191,7 +234,7 @@ def _summary(scene: Scene, found: ConditionedSamples, numbers: dict[str, float])
     label = "" if scene.label is None else f", class {scene.label}"
     lines = [f"{len(found.samples)} samples given {scene.words}{label}, by {found.how}"]
     missed = f"  missed    {numbers['missed']:.3g} from what was seen"
-    if not scene.observation.std:
+    if getattr(scene.observation, "std", None) == 0:
         missed += f"; {numbers['mended']:.3g} before it was put in"
     lines += [missed, f"  spread    {numbers['spread']:.3g} of what was not seen"]
     if "distance" in numbers:
@@ -233,9 +276,11 @@ def _write(
 
     numbers, picture = places
     if isinstance(model.codec, ImageCodec):
-        assert scene.original is not None and scene.seen is not None
-        beside = (scene.original, scene.seen)
-        pictures.conditioned(found.samples, beside, model.codec, picture)
+        if scene.original is not None and scene.seen is not None:
+            beside = (scene.original, scene.seen)
+            pictures.conditioned(found.samples, beside, model.codec, picture)
+        else:
+            pictures.samples(found.samples, model.codec, picture)
     else:
         pictures.samples(found.samples, model.codec, picture)
     drawn = model.to_data(found.samples)

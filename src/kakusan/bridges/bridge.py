@@ -83,13 +83,11 @@ class Bridge:
         start, last = self.steps.grid[0].item(), self.steps.grid[-1].item()
         if not 0 < (end - start) * (last - start) <= (last - start) ** 2:
             raise KakusanError(f"a bridge ends after t={start:g} and up to t={last:g}, not {end}")
-        base = type(self.tilt.base)(self.tilt.sde, self.tilt.observation, end)  # pyright: ignore
+        base = self.tilt.base.until(end)
         tilt = BridgeTilt(base, self.tilt.observation, self.tilt.net, end)
         share = (end - start) / (last - start)
         grid = grids.uniform(start, end, max(1, round(share * len(self.steps))))
-        return Bridge(
-            tilt, EulerSteps(self.steps.sde, grid), self.values, self.guided, True, self.report
-        )
+        return Bridge(tilt, self._along(grid), self.values, self.guided, True, self.report)
 
     def sample(
         self,
@@ -128,7 +126,7 @@ class Bridge:
             )
         if steps is not None:
             grid = grids.uniform(self.steps.grid[0].item(), self.steps.grid[-1].item(), steps)
-        chain = self.steps if grid is None else EulerSteps(self.steps.sde, grid)
+        chain = self.steps if grid is None else self._along(grid)
         observe = self.tilt.observation
         values = observe.value(y, x)
         check_inside(chain, observe, values, x)
@@ -139,6 +137,14 @@ class Bridge:
                 chain, x.contiguous(), self.tilt, observe, values, noise=noise or Keyed(seed),
                 end=end, keep=keep,
             )  # fmt: skip
+
+    def _along(self, grid: Tensor) -> GaussianSteps:
+        """Steps of the same kind along other times."""
+        if not isinstance(self.steps, EulerSteps):
+            raise KakusanError(
+                f"{type(self.steps).__name__} are steps along one grid, that of their process"
+            )
+        return type(self.steps)(self.steps.sde, grid)
 
     def _warn(self, y: Tensor) -> None:
         """Says so where a value is far from all that paths came to."""

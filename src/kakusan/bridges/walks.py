@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -152,10 +152,7 @@ class Task(NamedTuple):
 
     def pull(self, last: int) -> Tilt:
         """The pull towards what is seen after so many steps."""
-        end = self.end(last)
-        if last == len(self.steps):
-            return self.base
-        return type(self.base)(self.base.sde, self.observe, end)  # pyright: ignore
+        return self.base if last == len(self.steps) else self.base.until(self.end(last))
 
 
 def invertible(steps: GaussianSteps, start: Starts) -> bool:
@@ -251,13 +248,9 @@ def _base(
 def pools_of(task: Task, walk: Walk, at: list[int], tilt: Tilt | None) -> list[Pool]:
     """What paths have to say about some times, a pool for each."""
     path, steps, y = walk.path, task.steps, walk.y
-    extra: dict[str, Any] = {}
-    if isinstance(task.weights, Bootstrapped) and tilt is not None:
-        extra["ahead"] = lambda k: tilt.score(path.x[k], path.t[k], y)
-    S = task.weights(steps, path, at, walk.last, **extra)
     base, end, told = task.pull(walk.last), task.end(walk.last), task.observe.told(y)
     out = []
-    for k, weight in zip(at, S, strict=True):
+    for k, weight in _weights(task, walk, at, tilt):
         x, t = path.x[k], path.t[k]
         left = task.observe.left(t, end)
         root, c = left.sqrt().to(x.device), base.control(x, t, y)
@@ -266,6 +259,25 @@ def pools_of(task: Task, walk: Walk, at: list[int], tilt: Tilt | None) -> list[P
                walk.weight)  # fmt: skip
         out.append(Pool(*(v.detach().to(x.device, torch.float32) for v in row)))
     return out
+
+
+def _weights(
+    task: Task, walk: Walk, at: list[int], tilt: Tilt | None
+) -> Iterator[tuple[int, Tensor]]:
+    """The path weights at some times, for what is seen next.
+
+    Noise that comes after an observation says nothing of how likely that was: weights look ahead
+    as far as the next one, and by the Markov property it stands for all that are seen later.
+    """
+    path, extra = walk.path, {}
+    if isinstance(task.weights, Bootstrapped) and tilt is not None:
+        extra["ahead"] = lambda k: tilt.score(path.x[k], path.t[k], walk.y)
+    several = isinstance(task.observe, Series)
+    lasts = [part.at for part in placed(task.steps, task.observe)] if several else [walk.last]
+    for first, last in zip([0, *lasts], lasts, strict=False):
+        ks = [k for k in at if first <= k < last - task.blind]
+        if ks:
+            yield from zip(ks, task.weights(task.steps, path, ks, last, **extra), strict=True)
 
 
 def check_inside(steps: GaussianSteps, observe: Observation, y: Tensor, x: State) -> None:

@@ -11,6 +11,7 @@ learned: the network itself sees numbers of unit size, and gives them. It is zer
 from __future__ import annotations
 
 import math
+
 import torch
 from torch import Tensor, nn
 

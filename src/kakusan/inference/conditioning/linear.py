@@ -96,6 +96,12 @@ class LinearTilt(Tilt):
         common_size(slope=self.slope, offset=self.offset, sigma=self.sigma)
         self._ahead: dict[Any, Ahead] = {}
 
+    def until(self, end: float) -> LinearTilt:
+        """The same for another end."""
+        twin = super().until(end)
+        twin._ahead = {}
+        return twin
+
     @classmethod
     def exact(cls, sde: SDE, observation: Observation, end: float | None = None) -> LinearTilt:
         """The tilt of a process that is itself linear: Doob's.

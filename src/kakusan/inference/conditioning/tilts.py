@@ -12,6 +12,8 @@ References:
 from __future__ import annotations
 
 import abc
+import copy
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -27,9 +29,11 @@ class Tilt(abc.ABC):
 
     Attributes:
         sde: The process that is tilted, in the sense of Itô.
+        end: When the end is seen.
     """
 
     sde: SDE
+    end: float
 
     @abc.abstractmethod
     def score(self, x: State, t: Time, y: Tensor) -> State:
@@ -43,6 +47,12 @@ class Tilt(abc.ABC):
         """Log h(x, t; y), (B,), where the tilt knows it."""
         raise KakusanError(f"{type(self).__name__} knows the slope of log h, not its value")
 
+    def until(self, end: float) -> Self:
+        """The same for another end."""
+        twin = copy.copy(self)
+        twin.end = float(end)
+        return twin
+
     def given(self, y: Tensor) -> Field:
         """The field (x, t) -> ∇log h(x, t; y), for `kakusan.tilt`."""
         return lambda x, t: self.score(x, t, y.expand(len(x), -1))
@@ -52,7 +62,7 @@ class Untilted(Tilt):
     """No tilt: h = 1."""
 
     def __init__(self, sde: SDE) -> None:
-        self.sde = ito(sde)
+        self.sde, self.end = ito(sde), float(sde.span[1])
 
     def score(self, x: State, t: Time, y: Tensor) -> State:  # noqa: D102
         return torch.zeros_like(x)

@@ -8,6 +8,7 @@ kind                    p(x_0 | x_t) taken as                 follows
 ``MomentMatching``      N(x̂_0, V), V of the denoiser          linear measurements
 ``Classifier``          a point                               any likelihood with a slope
 ``Twisted``             any of these, corrected by particles  any likelihood
+``ShiftTilt``           learned from paths of the model       anything that can be drawn
 ======================  ====================================  =================================
 """
 
