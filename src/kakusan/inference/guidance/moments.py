@@ -31,14 +31,16 @@ class MomentMatching(Guidance):
     """Moment matching by conjugate gradients.
 
     Attributes:
-        iterations: How many; each takes one derivative of the denoiser more.
+        iterations: How many; each takes one derivative of the denoiser more. Where the seen
+            numbers are exact and the denoiser is a network, whose Jacobian is no covariance, more
+            than one or two can run away.
 
     Example:
         >>> MomentMatching(iterations=5)
         MomentMatching(iterations=5)
     """
 
-    iterations: int = 3
+    iterations: int = 1
 
     def __post_init__(self) -> None:
         if self.iterations < 1:
