@@ -16,10 +16,11 @@ Sections, each a table; `--only` picks some:
 MV is the root of the mean over times of |mean - mean'|² + |sd - sd'|², Dist the mean distance of
 the end to y, both over 15,000 paths *without* importance weights, as in tables 4 and 7 of
 "Conditioning diffusions using Malliavin calculus" (Pidstrigach et al., ICML 2025), whose best rows
-stand beside. Our last step is drawn given y, free of noise for a whole state (`Pinned`), so that
-Dist is 0; the distance that the tilt alone reaches, with noise in the last step, is `Dist, free`:
-no tilt can be below sqrt(2 h / pi), 0.056 a coordinate for 200 steps. Grids are the published
-ones, 200 Euler steps; published runs took 20,000 batches of 2,048 paths.
+stand beside. Our last step is drawn given y, free of noise for a whole state, and the steps before
+are narrowed (`ModifiedBridge`), so that Dist is 0; the distance that the tilt alone reaches, with
+noise in the last step, is `Dist, free`: no tilt can be below sqrt(2 h / pi), 0.056 a coordinate
+for 200 steps. Grids are the published ones, 200 Euler steps; published runs took 20,000 batches of
+2,048 paths.
 
     python benchmarks/bridges.py --seeds 5 --json bridges.json
 """

@@ -1,4 +1,4 @@
-"""The command line: train, sample, condition, evaluate, likelihood, simulate, check.
+"""The command line: train, sample, evaluate, condition, likelihood, simulate, bridge, check.
 
 Every verb prints what it made and where; `--json` prints one JSON object instead. Errors are one
 sentence: exit code 2 where the request is wrong, 1 where the work failed, 130 after Ctrl-C.

@@ -242,8 +242,10 @@ def _summary(scene: Scene, found: ConditionedSamples, numbers: dict[str, float])
                      f"{numbers['distance_unseen']:.3g} of samples given nothing")  # fmt: skip
     if found.log_weights is not None:
         few = "" if (found.ess or 0) > 10 else ": so few that spread means little"
+        different = len(found.samples.flatten(1).unique(dim=0))
         lines.append(f"  particles {found.ess:.3g} of {len(found.log_weights)} counted where it "
-                     f"was the fewest{few}")  # fmt: skip
+                     f"was the fewest{few}; {different} of the {len(found.samples)} samples "
+                     "differ")  # fmt: skip
     return "\n".join(lines)
 
 
