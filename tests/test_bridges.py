@@ -235,3 +235,16 @@ def test_noise_after_an_observation_says_nothing_of_it():
     x = torch.zeros(1, 1, dtype=torch.float64)
     for y, t, exact in (([1.0, 0.0], 0.0, 2.0), ([0.0, 1.0], 0.0, 0.0), ([0.0, 0.5], 0.75, 2.0)):
         assert abs(bridge.score(x, t, y).item() - exact) < 0.35, (y, t)
+
+
+def test_steps_of_weak_order_two_have_the_slope_of_the_process():
+    """A stiff well: Euler's chain of as many steps has another slope, by a sixth."""
+    well = kk.DoubleWell(v=2.0)
+    steps = kk.RosenbrockSteps(well, kk.grids.uniform(0.0, 1.0, 40))
+    bridge = learn_bridge(
+        steps, torch.zeros(1), ends=-1.0, iterations=300, paths=2048, times=16, quiet=True
+    )
+    x = torch.zeros(1, 1, dtype=torch.float64)
+    assert abs(bridge.score(x, 0.0, -1.0).item() / -2.9460 - 1) < 0.06  # finite volumes
+    with pytest.raises(kk.KakusanError, match="one time at once"):
+        bridge.score(x, torch.zeros(1, dtype=torch.float64), -1.0)

@@ -47,7 +47,6 @@ from kakusan.bridges.walks import (
 from kakusan.core.noise import generator, mix
 from kakusan.core.operators import NotElliptic
 from kakusan.errors import KakusanError
-from kakusan.inference.conditioning.learned import BridgeTilt
 from kakusan.inference.conditioning.tilts import Tilt
 from kakusan.learn import Starts
 from kakusan.models.bridgenet import BridgeNet
@@ -157,7 +156,7 @@ def learn_bridge(
         explained, first.ess, repr(task.weights), iterations, (shown.number + 2) * paths,
         time.perf_counter() - began,
     )  # fmt: skip
-    tilt = BridgeTilt(task.base, observe, model, task.end(len(process)))
+    tilt = task.tilt(model)
     return Bridge(tilt, process, first.values(), ends is not None, horizons, report)
 
 
@@ -243,7 +242,7 @@ class _Shown:
     def _pool(self, g: torch.Generator) -> Pool:
         """What new paths have to say about some of their times."""
         task = self.task
-        tilt = BridgeTilt(task.base, task.observe, self.average.model, task.end(len(task.steps)))
+        tilt = task.tilt(self.average.model)
         walk = task.walk(self.number, tilt)
         self.values.add(walk)
         at = strata(max(1, walk.last - task.blind), self.times, g)
@@ -257,7 +256,7 @@ def _trusted(task: Task, model: BridgeNet, times: int) -> float:
 
     None at all unless what it explains is beyond two standard errors.
     """
-    tilt = BridgeTilt(task.base, task.observe, model, task.end(len(task.steps)))
+    tilt = task.tilt(model)
     walk = task.walk(HELD_OUT, tilt)
     n = walk.last - task.blind
     at = torch.linspace(0, n - 1, times).round().long().unique().tolist()

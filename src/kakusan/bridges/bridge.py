@@ -84,7 +84,7 @@ class Bridge:
         if not 0 < (end - start) * (last - start) <= (last - start) ** 2:
             raise KakusanError(f"a bridge ends after t={start:g} and up to t={last:g}, not {end}")
         base = self.tilt.base.until(end)
-        tilt = BridgeTilt(base, self.tilt.observation, self.tilt.net, end)
+        tilt = BridgeTilt(base, self.tilt.observation, self.tilt.net, end, self.tilt.steps)
         share = (end - start) / (last - start)
         grid = grids.uniform(start, end, max(1, round(share * len(self.steps))))
         return Bridge(tilt, self._along(grid), self.values, self.guided, True, self.report)

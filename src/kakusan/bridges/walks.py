@@ -22,11 +22,13 @@ from kakusan.inference.conditioning.finish import (
     finishes,
     placed,
 )
+from kakusan.inference.conditioning.learned import BridgeTilt
 from kakusan.inference.conditioning.linear import LinearTilt
 from kakusan.inference.conditioning.paths import conditioned
 from kakusan.inference.conditioning.pull import Pull
 from kakusan.inference.conditioning.tilts import Tilt, Untilted
 from kakusan.learn import Starts, states_of
+from kakusan.models.bridgenet import BridgeNet
 from kakusan.objectives.covering import Covering
 from kakusan.objectives.malliavin import Bootstrapped, PathWeight, Window
 from kakusan.processes.observations import Linear, Observation, Series, Terminal
@@ -145,6 +147,10 @@ class Task(NamedTuple):
         path = walked(steps, x, noise)
         y = seen(self.observe, path, last, generator(self.seed, number, 3, device=x.device))
         return Walk(path, y, x.new_ones(len(x)), last)
+
+    def tilt(self, model: BridgeNet) -> BridgeTilt:
+        """What a network makes of the pull."""
+        return BridgeTilt(self.base, self.observe, model, self.end(len(self.steps)), self.steps)
 
     def end(self, last: int) -> float:
         """The time after so many steps."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kakusan.core.operators import NotElliptic
+from kakusan.core.operators import NotElliptic, Operator
 from kakusan.core.types import State, Time, as_time, per_sample
+from kakusan.errors import KakusanError
 from kakusan.inference.conditioning.tilts import Tilt
 from kakusan.models.bridgenet import BridgeNet
 from kakusan.processes.observations import Observation
+from kakusan.solvers.gaussian import EulerSteps, GaussianSteps
 
 
 class BridgeTilt(Tilt):
@@ -19,10 +21,18 @@ class BridgeTilt(Tilt):
         observation: What is seen.
         net: What was learned.
         end: When it is seen.
+        steps: The chain in whose noise controls are measured; that of the process by default.
     """
 
-    def __init__(self, base: Tilt, observation: Observation, net: BridgeNet, end: float) -> None:
-        self.sde, self.base, self.observation = base.sde, base, observation
+    def __init__(
+        self,
+        base: Tilt,
+        observation: Observation,
+        net: BridgeNet,
+        end: float,
+        steps: GaussianSteps | None = None,
+    ) -> None:
+        self.sde, self.base, self.observation, self.steps = base.sde, base, observation, steps
         self.net, self.end, self.trust = net, float(end), float(net.trust)
 
     def control(self, x: State, t: Time, y: Tensor) -> Tensor:  # noqa: D102
@@ -41,9 +51,22 @@ class BridgeTilt(Tilt):
             NotElliptic: If G has no inverse: the control Gᵀ∇log h is all that is known then.
         """
         try:
-            return self.sde.diffusion(x, t).tsolve(self.control(x, t, y))
+            return self._operator(x, t).tsolve(self.control(x, t, y))
         except NotElliptic as error:
             raise NotElliptic(
                 f"{error}; of a process with such noise the control GᵀS is learned, which is all "
                 "that moves it: ask for .control"
             ) from None
+
+    def _operator(self, x: State, t: Time) -> Operator:
+        """G of the chain in the step that starts at t."""
+        if self.steps is None or type(self.steps) is EulerSteps:
+            return self.sde.diffusion(x, t)
+        t = as_time(t)
+        if t.ndim:
+            raise KakusanError(
+                f"the score along {type(self.steps).__name__} is asked for at one time at once, "
+                f"got {len(t)}"
+            )
+        k = int((self.steps.grid[:-1] - t.cpu()).abs().argmin())
+        return self.steps.operator(x, k)
