@@ -89,6 +89,21 @@ def test_a_double_well_is_learned_for_all_ends(well):
     assert max(near) < 0.15 and sum(near) / len(near) < 0.08
 
 
+def test_scores_are_measured_beyond_the_network(well):
+    """At a grid time, from the start, and of a bridge whose network has learned nothing."""
+    grid, kernels = chain_of(kk.DoubleWell(v=1.0), 20)
+    raw = learn_bridge(kk.DoubleWell(v=1.0), spread, iterations=1, **QUICK)
+    for bridge, k, at, y in ((well, 0, 1.0, -1.0), (well, 5, 0.0, -1.0), (raw, 5, 0.0, -1.0)):
+        i, j = (int((grid - v).abs().argmin()) for v in (at, y))
+        log_p = kernels[19 - k]
+        exact = ((log_p[i + 1, j] - log_p[i - 1, j]) / (grid[i + 1] - grid[i - 1])).item()
+        found = bridge.measured_score(torch.tensor([at]), k / 20, y, 20_000)
+        assert abs(found.value.item() - exact) < 4 * found.std_error.item() + 1e-3
+        assert found.std_error.item() < 0.05 * abs(exact)
+    with pytest.raises(kk.KakusanError, match="not a time of this bridge"):
+        well.measured_score(torch.zeros(1), 1.0, -1.0)
+
+
 def test_weights_make_the_law_of_learned_paths_exact(well):
     grid, kernels = chain_of(kk.DoubleWell(v=1.0), 20)
     i, j = (int((grid - v).abs().argmin()) for v in (1.0, -1.0))

@@ -16,13 +16,16 @@ from kakusan import (
     Dense,
     Diagonal,
     DoubleWell,
+    Fresh,
     GeometricBrownian,
     KakusanError,
+    Landmarks,
     NotElliptic,
     OrnsteinUhlenbeck,
     Scale,
     Underdamped,
     reverse,
+    solve,
 )
 from kakusan.objectives.local import Skorokhod
 from kakusan.objectives.malliavin import (
@@ -439,6 +442,28 @@ def test_a_window_is_infinite_where_nothing_spreads():
         assert Bootstrapped(Window(), 2.0).chosen(steps, path, 4) == Bootstrapped(
             Window(math.inf), 2.0
         )
+
+
+def test_a_window_is_short_where_noise_parts_neighbours():
+    """No drift at all: landmarks that drive each other about, and those that hardly do."""
+    for points, alpha, kappa in ((4, 2.0, 0.3), (8, 0.3, 0.5)):
+        sde = Landmarks(points=points, alpha=alpha, kappa=kappa)
+        steps = EulerSteps(sde, uniform(50))
+        x = sde.start.expand(1024, points, 2)
+        path, fresh = walk(steps, x), solve(sde, x, steps.grid, noise=Fresh(9), keep=True)
+        chosen, at = Window().chosen(steps, path), [0, 10, 20, 30, 40]
+
+        def size(weight, steps=steps, x=fresh, at=at):
+            S = [
+                steps.operator(x.x[k], k).tmv(s)
+                for k, s in zip(at, weight(steps, x, at), strict=True)
+            ]
+            return sum(
+                (50 - k) * s.square().sum((1, 2)).mean() for k, s in zip(at, S, strict=True)
+            )
+
+        assert size(chosen) < 1.3 * min(size(Window(t)) for t in (0.02, 0.1, 0.5, math.inf))
+        assert (chosen.tau < 0.2) == (alpha == 2.0)
 
 
 def test_other_weights_choose_themselves():

@@ -37,6 +37,7 @@ from kakusan.bridges.bridge import Report as Report
 from kakusan.bridges.walks import (
     FIRST,
     HELD_OUT,
+    LOCAL,
     Pool,
     Task,
     Walk,
@@ -60,7 +61,7 @@ from kakusan.training.regress import regress, shuffled, strata
 
 # paths, times of each, visits of each time
 FREE, GUIDED, COVERED = (8192, 8, 1), (2048, 32, 2), (1024, 64, 2)
-PILOT = 2048  # paths from which the weights are chosen
+PILOT = 2048  # paths from which the weights are chosen, where states are small
 SEEN = 1 << 14  # values kept to know where paths came
 
 
@@ -183,7 +184,8 @@ def _prepared(
     depth: int,
 ) -> tuple[Task, BridgeNet, _Values]:  # fmt: skip
     """Weights with the window of least variance, and a network in the units of paths."""
-    whole = task._replace(horizons=False, paths=max(task.paths, PILOT))
+    many = task.paths if task.starts(1, generator(0))[0].numel() > LOCAL else PILOT
+    whole = task._replace(horizons=False, paths=max(task.paths, many))
     walk = whole.walk(FIRST, task.base)
     path = walk.path
     kind = weights or Window()

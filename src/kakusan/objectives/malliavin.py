@@ -270,8 +270,9 @@ class Window(PathWeight):
     def chosen(self, steps: GaussianSteps, path: Path, last: int | None = None) -> Window:
         """This window, with a length that was measured where it has none.
 
-        With λ the largest `expansion` on the way, the lengths 1/4, 1/2, 1, 2, 4 and infinitely
-        many times 1/λ are compared; where nothing spreads, λ ≤ 0, it is infinite. All weights
+        With λ the largest `expansion` on the way, and what noise that depends on the state adds to
+        it, the lengths 1/4, 1/2, 1, 2, 4 and infinitely many times 1/λ are compared; where nothing
+        spreads, λ ≤ 0, it is infinite; two more, down to 1/64, where such noise is. All weights
         have the same mean, so the least second moment (T - s) E|GᵀS|² is the least variance. It
         is taken over the given paths (the first `PATHS`) and over as many that start where paths
         spread most: rare events depend on such places, and free paths hardly see them. Nothing is
@@ -402,14 +403,18 @@ def _measured(steps: GaussianSteps, path: Path, last: int) -> float:
     for seed in range(ROUNDS):
         found, wild = _from_the_fastest(steps, wild, at, last, seed)
         rate = max(rate, found)
+    turned = max(_turned(steps, path.x[k], path.dw[k], k) for k in at)
+    rate = max(rate, 0.0) + turned
     if not rate > 0:
         return math.inf
     scale = min(1 / rate, abs(steps.grid[last] - steps.grid[0]).item())
+    # noise parts the nearest much faster than most
+    shares = (*((1 / 64, 1 / 16) if turned else ()), 0.25, 0.5, 1.0, 2.0, 4.0, math.inf)
 
     def size(tau: float) -> float:
         return sum(_size(Window(tau), steps, trial, at, last) for trial in (given, wild))
 
-    return min((scale * c for c in (0.25, 0.5, 1.0, 2.0, 4.0, math.inf)), key=size)
+    return min((scale * c for c in shares), key=size)
 
 
 def _from_the_fastest(
@@ -418,10 +423,29 @@ def _from_the_fastest(
     """The largest rate on the way, and as many paths again from the places with the largest."""
     x, B = trial[0].x, len(trial[1])
     rates = torch.cat([expansion(steps, x[k], k).masked_fill(trial[1] > k, -math.inf) for k in at])
+    fastest = rates.max()
+    if bool(((rates == fastest) | (rates == -math.inf)).all()):
+        return fastest.item(), trial  # no place is faster than another
     top = rates.topk(min(PLACES, len(rates))).indices.repeat(max(2, B // PLACES))
     first = torch.tensor(at, device=x.device)[top // B]
     path = _walked(steps, x[first, top % B], first, last, Fresh(seed))
-    return rates.max().item(), (path, first)
+    return fastest.item(), (path, first)
+
+
+def _turned(steps: GaussianSteps, x: State, dw: Tensor, k: int) -> float:
+    """How fast noise that depends on the state parts neighbours: the mean of Σ_l |∂G_l v|² / 2.
+
+    Over states and unit vectors v, in units of 1 / time: what noise adds to the growth of J.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        x, dw = _ordinary(x).requires_grad_(), _ordinary(dw)
+        out = steps.operator(x, k).kick(torch.zeros_like(x), dw)
+        if not out.requires_grad:
+            return 0.0
+        source = torch.Generator().manual_seed(0)
+        v = torch.randn(x.shape, generator=source, dtype=torch.float64).to(x)
+        back = torch.autograd.grad(out, x, v)[0].double().flatten(1).square().sum(1)
+    return back.nanmean().item() / (2 * x[0].numel() * steps.h(k))
 
 
 def _walked(steps: GaussianSteps, x: State, first: Tensor, last: int, noise: Fresh) -> Path:

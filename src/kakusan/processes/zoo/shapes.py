@@ -45,6 +45,9 @@ class Pointwise(Dense):
     def mv(self, z: Tensor) -> State:  # noqa: D102
         return (self.K.to(z.dtype) @ z.reshape(len(z), -1, self.k)).reshape(z.shape)
 
+    def kick(self, x: State, z: Tensor) -> State:  # noqa: D102
+        return x + self.mv(z)
+
     def tmv(self, v: State) -> Tensor:  # noqa: D102
         return self.mv(v)
 
@@ -56,6 +59,9 @@ class Pointwise(Dense):
         if (info != 0).any():
             raise NotElliptic(f"G is singular for {int((info != 0).sum())} of {len(z)} states")
         return solution.reshape(z.shape)
+
+    def solve(self, v: State) -> Tensor:  # noqa: D102
+        return self.tsolve(v)
 
     def scaled(self, c: float) -> Pointwise:  # noqa: D102
         return Pointwise(c * self.K, self.k)
@@ -122,15 +128,17 @@ class Landmarks(SDE):
     def _field(self, x: State) -> Tensor:
         """K_ij = k(x_i, x_j), (B, N, N)."""
         u, v = x[..., :1], x[..., 1:]
-        du, dv = u - u.mT, v - v.mT
-        square = (du * du + dv * dv) * like(-0.5 / self.kappa**2, x)
-        return square.exp() * like(self.alpha / 2, x)
+        square = (u - u.mT).square() + (v - v.mT).square()
+        return (square * like(-0.5 / self.kappa**2, x)).exp() * like(self.alpha / 2, x)
 
     def drift(self, x: State, t: Time) -> State:  # noqa: D102
         return torch.zeros_like(x)
 
     def diffusion(self, x: State, t: Time) -> Operator:  # noqa: D102
         return Pointwise(self._field(x), 2)
+
+    def noise_shape(self, x: State) -> tuple[int, ...]:  # noqa: D102
+        return tuple(x.shape)
 
     def gram_divergence(self, x: State, t: Time) -> State:
         """Σ_l g_il (k_il - k_0) - Σ_l k_il Σ_j g_lj with g_il = -k_il (x_i - x_l) / kappa²."""
