@@ -178,7 +178,7 @@ def test_a_masked_picture_is_completed(kakusan, trained, tmp_path):
     code, out, _ = kakusan(trained, "--mask", "top", "-n", 3, "--row", 2, "--steps", 4)
     assert code == 0 and "row 2 of the held-out data without its top half" in out
     assert "missed    0 from what was seen" in out and "of samples given nothing" in out
-    made = trained / "conditioned" / "top-row2-0"
+    made = trained / "conditioned" / "top-row2-pigdm-0"
     picture = Image.open(made.with_suffix(".png"))
     assert picture.size[0] > 800
     found = np.load(made.with_suffix(".npz"), allow_pickle=False)
@@ -271,7 +271,7 @@ def test_a_learned_tilt_is_kept_and_used_again(kakusan, trained):
     assert [row["reused"] for row in rows] == [False, True]
     code, out, _ = kakusan(trained, *event, "-n", 2, "--steps", 3, "--particles", 64)
     assert code == 0 and "given ink>0.3, by Twisted(base=None, particles=64" in out
-    assert (trained / "conditioned" / "ink-0.3-0.png").is_file()
+    assert (trained / "conditioned" / "ink-above-0.3-learned-0.png").is_file()
     for text, said in (("ink", "compares, as ink>0.4"), ("fog>1", "not 'fog' of images")):
         code, _, err = kakusan(trained, "--event", text)
         assert code == 2 and said in err

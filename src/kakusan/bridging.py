@@ -433,13 +433,4 @@ def write_table(found: Bridged, path: File) -> File:
     }
     flat = found.paths.x.flatten(2).transpose(0, 1).flatten(0, 1).numpy()
     columns |= {name: flat[:, i] for i, name in enumerate(found.names)}
-    with files.whole(path) as draft, draft.open("wb") as handle:
-        if path.suffix.lower() == ".csv":
-            import pyarrow.csv
-
-            pyarrow.csv.write_csv(pa.table(columns), handle)
-        else:
-            import pyarrow.parquet
-
-            pyarrow.parquet.write_table(pa.table(columns), handle)
-    return path
+    return files.write_table(path, pa.table(columns))

@@ -340,22 +340,15 @@ def _write(model: Any, x: Any, labels: Any, path: Path) -> Path:
     if suffix == ".png":
         return model.show(x, path)
     decoded = model.to_data(x, labels)
-    with files.whole(path) as draft:
-        with draft.open("wb") as handle:
-            if suffix == ".npz" and isinstance(decoded, np.ndarray):
-                named = {} if labels is None else {"labels": labels.numpy()}
-                np.savez_compressed(handle, allow_pickle=False, x=decoded, **named)
-            elif suffix == ".npz":
-                columns = {c: np.asarray(decoded[c].to_pylist()) for c in decoded.column_names}
-                np.savez_compressed(handle, allow_pickle=False, **columns)
-            elif suffix == ".csv":
-                import pyarrow.csv
-
-                pyarrow.csv.write_csv(decoded, handle)
-            else:
-                import pyarrow.parquet
-
-                pyarrow.parquet.write_table(decoded, handle)
+    if suffix != ".npz":
+        return files.write_table(path, decoded)
+    with files.whole(path) as draft, draft.open("wb") as handle:
+        if isinstance(decoded, np.ndarray):
+            named = {} if labels is None else {"labels": labels.numpy()}
+            np.savez_compressed(handle, allow_pickle=False, x=decoded, **named)
+        else:
+            columns = {c: np.asarray(decoded[c].to_pylist()) for c in decoded.column_names}
+            np.savez_compressed(handle, allow_pickle=False, **columns)
     return path
 
 
@@ -385,6 +378,8 @@ def _run(args: list[str] | None) -> int:
     except Stopped as error:
         return _fail(str(error), 130)
     except SystemExit as error:  # not ours: nothing here ends the program so
+        if isinstance(error.__context__, BrokenPipeError):
+            return 141  # the reader, as head, has seen enough; typer ends the program then
         return _fail(f"the process of yours ended the program ({error!r})", 1)
     except typer.TyperException as error:
         return _fail(_typer_sentence(error), error.exit_code)

@@ -291,7 +291,12 @@ def happening(model: DiffusionModel, text: str, label: str | None) -> Scene:
     a, b = _part(model, one), _part(model, other)
     if sign == "<":
         a, b = b, a
-    seen = Event(lambda x: a(x) > b(x))
+
+    def holds(x: Tensor) -> Tensor:
+        return a(x) > b(x)
+
+    holds.__name__ = text
+    seen = Event(holds)
     open_ = torch.ones(model.codec.shape, dtype=torch.bool)
     return Scene(seen, torch.ones(1, 1), text, None, None, open_, label)
 

@@ -378,14 +378,4 @@ def write_table(found: Ensemble, path: Path) -> Path:
     each = math.prod(found.paths.shape[2:])
     flat = found.paths.reshape(T, P, each).transpose(0, 1).reshape(T * P, each).numpy()
     columns |= {name: flat[:, i] for i, name in enumerate(found.names)}
-    table = pa.table(columns)
-    with files.whole(path) as draft, draft.open("wb") as handle:
-        if path.suffix.lower() == ".csv":
-            import pyarrow.csv
-
-            pyarrow.csv.write_csv(table, handle)
-        else:
-            import pyarrow.parquet
-
-            pyarrow.parquet.write_table(table, handle)
-    return path
+    return files.write_table(path, pa.table(columns))

@@ -115,10 +115,6 @@ def condition(
 
     Example:  kakusan condition runs/digits --mask top -n 8
     """
-    from kakusan import scenes
-    from kakusan.condition_files import kept_condition
-    from kakusan.inference.guidance.twisted import Twisted
-    from kakusan.learned_conditions import Learned
     from kakusan.pipeline import DiffusionModel
 
     asked = [word for word, value in (("--mask", mask), ("--measure", measure), ("--given", given),
@@ -127,45 +123,62 @@ def condition(
         raise UsageError(_which(asked, label))
     model = DiffusionModel.load(run, device)
     by = by or ("twisted" if given or event else "pigdm")
-    how = _guide(by, particles, rehearse)
-    if event:
-        scene = scenes.happening(model, event, label)
-        how = Twisted(particles=particles) if by == "twisted" else how
-    elif given:
-        scene = scenes.columns(model, given, std or 0.0, label)
-    else:
-        original, name = scenes.looked_at(model, row, image)
-        scene = scenes.pictured(model, original, name, mask, measure, std, seed)._replace(
-            label=label
-        )
+    how = _guide(by, bool(event), particles, rehearse)
+    scene = _scene(model, mask, measure, given, event, (row, image, seed), std, label)
     name = _name(mask or measure or given or [event or ""], image, row)
-    place = out or run / "conditioned" / f"{name}-{seed}"
+    place = out or run / "conditioned" / f"{name}-{by}-{seed}"
     places = _places(model, place)  # refused before the work
-    about: dict[str, Any] = {"n": n, "seed": seed, "given": scene.words}
     options: dict[str, Any] = {"seed": seed, "batch": batch, "quiet": quiet or as_json}
-    if isinstance(how, Learned):
-        words = _words(scene, event, model.codec.shape)
-        tilt, reused = kept_condition(run, model, scene.observation, how, words,
-                                      label=scene.label, guidance=guidance,
-                                      quiet=quiet or as_json)  # fmt: skip
-        found = tilt.sample(scene.y, n, seed, quiet=quiet or as_json)
-        about |= {"reused": reused, "learned": tilt.report and tilt.report._asdict()}
-    else:
-        found = model.condition(
-            scene.observation, scene.y, n, how=how, steps=steps, noise=noise, label=scene.label,
-            guidance=guidance, **options,
-        )  # fmt: skip
+    found, more = _drawn(model, run, scene, event, how, n, guidance, steps, noise, options)
     numbers = _numbers(found, scene)
     if scene.original is not None:
         blind = model.sample(n, **options)  # the model's own steps: it saw nothing
         numbers["distance_unseen"] = _away(blind, scene)
     made = _write(model, found, scene, places)
     if as_json:
-        print(json.dumps({**about, "how": found.how, **numbers, **made}))
+        about = {"n": n, "seed": seed, "given": scene.words, **more, "how": found.how}
+        print(json.dumps({**about, **numbers, **made}))
         return
     print(_summary(scene, found, numbers))
     for word, path in made.items():
         print(f"  {word:10}{path}")
+
+
+def _scene(
+    model: DiffusionModel, mask: str | None, measure: str | None, given: list[str] | None,
+    event: str | None, looked: tuple[int, Path | None, int], std: float | None, label: str | None,
+) -> Scene:  # fmt: skip
+    """What was seen, of options."""
+    from kakusan import scenes
+
+    if event:
+        return scenes.happening(model, event, label)
+    if given:
+        return scenes.columns(model, given, std or 0.0, label)
+    row, image, seed = looked
+    original, name = scenes.looked_at(model, row, image)
+    scene = scenes.pictured(model, original, name, mask, measure, std, seed)
+    return scene._replace(label=label)
+
+
+def _drawn(
+    model: DiffusionModel, run: Path, scene: Scene, event: str | None, how: Any, n: int,
+    guidance: float, steps: int, noise: float, options: dict[str, Any],
+) -> tuple[ConditionedSamples, dict[str, Any]]:  # fmt: skip
+    """The samples, and what there is to say of a tilt that was learned for them."""
+    from kakusan.condition_files import kept_condition
+    from kakusan.learned_conditions import Learned
+
+    label, quiet = scene.label, options["quiet"]
+    if not isinstance(how, Learned):
+        found = model.condition(scene.observation, scene.y, n, how=how, steps=steps, noise=noise,
+                                label=label, guidance=guidance, **options)  # fmt: skip
+        return found, {}
+    words = _words(scene, event, model.codec.shape)
+    tilt, reused = kept_condition(run, model, scene.observation, how, words, label=label,
+                                  guidance=guidance, quiet=quiet)  # fmt: skip
+    found = tilt.sample(scene.y, n, options["seed"], quiet=quiet)
+    return found, {"reused": reused, "learned": tilt.report and tilt.report._asdict()}
 
 
 def _which(asked: list[str], label: str | None) -> str:
@@ -179,7 +192,7 @@ def _which(asked: list[str], label: str | None) -> str:
     )
 
 
-def _guide(by: str, particles: int, rehearse: int) -> Any:
+def _guide(by: str, event: bool, particles: int, rehearse: int) -> Any:
     """The guidance of a name."""
     from kakusan.inference.guidance.dps import DPS
     from kakusan.inference.guidance.moments import MomentMatching
@@ -192,7 +205,7 @@ def _guide(by: str, particles: int, rehearse: int) -> Any:
     if by == "learned":
         return Learned(paths=rehearse, particles=particles)
     if by == "twisted":
-        return Twisted(PiGDM(), particles)
+        return Twisted(particles=particles) if event else Twisted(PiGDM(), particles)
     return {"pigdm": PiGDM(), "moments": MomentMatching(), "dps": DPS()}[by]
 
 
@@ -253,6 +266,7 @@ def _name(what: str | list[str] | None, image: Path | None, row: int) -> str:
     """A file name for what was asked."""
     words = "-".join(what) if isinstance(what, list) else f"{Path(what or '').stem}"
     where = "" if isinstance(what, list) else f"-{image.stem if image else f'row{row}'}"
+    words = words.replace(">", "-above-").replace("<", "-below-")
     return "".join(c if c.isalnum() or c in "-_.=" else "-" for c in words + where)
 
 
@@ -286,15 +300,13 @@ def _write(
     else:
         pictures.samples(found.samples, model.codec, picture)
     drawn = model.to_data(found.samples)
-    with files.whole(numbers) as draft, draft.open("wb") as handle:
-        if numbers.suffix == ".csv":
-            import pyarrow.csv
-
-            pyarrow.csv.write_csv(drawn, handle)
-        else:
-            arrays = {"x": drawn, "y": found.y[:1].numpy(), "missed": found.missed.numpy()}
-            if scene.original is not None:
-                arrays["original"] = model.to_data(scene.original.unsqueeze(0))[0]
-                arrays["open"] = scene.open.numpy()
+    if numbers.suffix == ".csv":
+        files.write_table(numbers, drawn)
+    else:
+        arrays = {"x": drawn, "y": found.y[:1].numpy(), "missed": found.missed.numpy()}
+        if scene.original is not None:
+            arrays["original"] = model.to_data(scene.original.unsqueeze(0))[0]
+            arrays["open"] = scene.open.numpy()
+        with files.whole(numbers) as draft, draft.open("wb") as handle:
             np.savez_compressed(handle, allow_pickle=False, **arrays)
     return {"samples": str(numbers), "picture": str(picture)}

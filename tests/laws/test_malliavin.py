@@ -37,8 +37,8 @@ from kakusan.objectives.malliavin import (
     PathWeight,
     Weighted,
     Window,
-    expansion,
 )
+from kakusan.objectives.windows import expansion
 from kakusan.solvers.gaussian import AncestralSteps, EulerSteps
 from kakusan.solvers.solve import Path
 from problems import F64

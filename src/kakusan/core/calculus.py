@@ -20,6 +20,11 @@ from kakusan.core.types import State, Time, is_tracing
 Diffusion = Callable[[State, Time], Operator]
 
 
+def leaf(x: Tensor) -> Tensor:
+    """The same numbers, for derivatives to hold on to: what inference mode made is copied."""
+    return x.clone() if x.is_inference() else x.detach()
+
+
 class Probed(NamedTuple):
     """A random estimate and its standard error, both like the state."""
 

@@ -48,19 +48,15 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from kakusan.core.noise import Fresh
+from kakusan.core.calculus import leaf
 from kakusan.core.operators import NotElliptic, Operator
-from kakusan.core.types import State, per_sample
+from kakusan.core.types import State
 from kakusan.errors import KakusanError
+from kakusan.objectives.windows import length
 from kakusan.solvers.gaussian import GaussianSteps
 from kakusan.solvers.solve import Path
 
 Ahead: TypeAlias = Callable[[int], State]
-
-PATHS = 2048  # how many paths choose a window
-LOOKS = 8  # at how many times
-PLACES = 16  # from how many places new paths start, where the others spread most
-ROUNDS = 3  # how often
 
 
 class Mass(NamedTuple):
@@ -130,7 +126,7 @@ def _back(
     """R at step k, from R after it."""
     assert path.dw is not None
     with torch.inference_mode(False), torch.enable_grad():
-        x, dw = _ordinary(path.x[k]).requires_grad_(), _ordinary(path.dw[k])
+        x, dw = leaf(path.x[k]).requires_grad_(), leaf(path.dw[k])
         mean, G = steps.mean(x, k), steps.operator(x, k)
         z, v = None, mass.decay * R
         if mass.rate:
@@ -144,11 +140,6 @@ def _back(
         if mass.rate and (log_det := G.logabsdet(x)).requires_grad:
             out, back = [*out, log_det], [v, torch.full_like(log_det, -mass.rate * steps.h(k))]
         return torch.autograd.grad(out, x, back)[0]
-
-
-def _ordinary(x: Tensor) -> Tensor:
-    """A leaf that derivatives may hold on to: what was made in inference mode is copied."""
-    return x.clone() if x.is_inference() else x.detach()
 
 
 def _tsolve(G: Operator, dw: Tensor) -> State:
@@ -288,7 +279,7 @@ class Window(PathWeight):
         _, last = _checked(steps, path, None, last)
         First()(steps, path, [0], last)  # refuses a G without inverse, before the work
         with torch.no_grad():
-            return Window(_measured(steps, path, last))
+            return Window(length(Window, steps, path, last))
 
 
 @dataclass(frozen=True)
@@ -340,135 +331,3 @@ class Bootstrapped(PathWeight):
     def chosen(self, steps: GaussianSteps, path: Path, last: int | None = None) -> Bootstrapped:
         """The same with a window whose length was measured."""
         return Bootstrapped(self.window.chosen(steps, path, last), self.trust)
-
-
-# --- how long a window should be
-
-
-def expansion(steps: GaussianSteps, x: State, k: int, most: int = 16) -> Tensor:
-    r"""How fast neighbours of x part in step k: λ_max of the symmetric part of (∂m_k - 1) / h_k.
-
-    The one-sided Lipschitz constant of the drift at the states x, (B,), in units of 1 / time;
-    -inf where derivatives are not finite. Lanczos' method, a forward and a backward derivative
-    for each of `most` directions: exact for states of no more numbers, else from below and close.
-
-    Example:
-        >>> from kakusan.processes.zoo.mechanics import DoubleWell
-        >>> from kakusan.solvers.gaussian import EulerSteps
-        >>> steps = EulerSteps(DoubleWell(v=5.0), torch.tensor([0.0, 0.01]))
-        >>> expansion(steps, torch.tensor([[0.0], [1.0]], dtype=torch.float64), 0).round()
-        tensor([ 20., -40.], dtype=torch.float64)
-    """
-    x, d, eps = _ordinary(x).contiguous(), x[0].numel(), torch.finfo(x.dtype).eps
-    pull = torch.func.vjp(lambda y: steps.mean(y, k), x)[1]
-    source = torch.Generator().manual_seed(0)
-    q = torch.randn(len(x), d, generator=source, dtype=torch.float64).to(x)
-    q, m = q / q.norm(dim=1, keepdim=True), min(d, most)
-    basis, T = q.unsqueeze(0), x.new_zeros(len(x), m, m)
-    for i in range(m):
-        v = q.reshape(x.shape)
-        push = torch.func.jvp(lambda y: steps.mean(y, k), (x,), (v,))[1]
-        w = (((push + pull(v)[0]) / 2 - v) / steps.h(k)).flatten(1)
-        # where there are no more directions q is zero, and 0 must not pass for an eigenvalue
-        T[:, i, i] = (w * q).sum(1) + (1 - (q * q).sum(1)) * T[:, 0, 0]
-        if i + 1 == m:
-            break
-        least = eps**0.5 * w.norm(dim=1)
-        for _ in range(2):  # once is not enough, in floating point
-            w = w - ((basis * w).sum(-1, keepdim=True) * basis).sum(0)
-        beta = w.norm(dim=1)
-        beta = torch.where(beta > least, beta, 0.0)
-        T[:, i, i + 1] = T[:, i + 1, i] = beta
-        q = torch.where(beta > 0, 1 / beta, 0.0)[:, None] * w
-        basis = torch.cat([basis, q.unsqueeze(0)])
-    size = T.abs().amax((1, 2))
-    rates = torch.linalg.eigvalsh(T.nan_to_num(0.0, 0.0, 0.0))[:, -1]
-    # what rounding may have made of a large contraction is no expansion
-    return torch.where(size.isfinite(), rates - 4 * eps * size, -math.inf)
-
-
-# a trial: paths on which weights are compared, and after how many steps each is looked at, (B,)
-_Trial: TypeAlias = tuple[Path, Tensor]
-
-
-def _measured(steps: GaussianSteps, path: Path, last: int) -> float:
-    """The length with the least second moment."""
-    assert path.dw is not None
-    at = sorted({last * i // LOOKS for i in range(LOOKS)})
-    path = Path(path.t[: last + 1], path.x[: last + 1, :PATHS], path.dw[:last, :PATHS])
-    looks = torch.tensor(at, device=path.x.device)
-    given = wild = path, looks.repeat(path.x.shape[1])[: path.x.shape[1]]
-    rate = -math.inf
-    # paths from where the given ones spread most come to places that these have missed
-    for seed in range(ROUNDS):
-        found, wild = _from_the_fastest(steps, wild, at, last, seed)
-        rate = max(rate, found)
-    turned = max(_turned(steps, path.x[k], path.dw[k], k) for k in at)
-    rate = max(rate, 0.0) + turned
-    if not rate > 0:
-        return math.inf
-    scale = min(1 / rate, abs(steps.grid[last] - steps.grid[0]).item())
-    # noise parts the nearest much faster than most
-    shares = (*((1 / 64, 1 / 16) if turned else ()), 0.25, 0.5, 1.0, 2.0, 4.0, math.inf)
-
-    def size(tau: float) -> float:
-        return sum(_size(Window(tau), steps, trial, at, last) for trial in (given, wild))
-
-    return min((scale * c for c in shares), key=size)
-
-
-def _from_the_fastest(
-    steps: GaussianSteps, trial: _Trial, at: list[int], last: int, seed: int
-) -> tuple[float, _Trial]:
-    """The largest rate on the way, and as many paths again from the places with the largest."""
-    x, B = trial[0].x, len(trial[1])
-    rates = torch.cat([expansion(steps, x[k], k).masked_fill(trial[1] > k, -math.inf) for k in at])
-    fastest = rates.max()
-    if bool(((rates == fastest) | (rates == -math.inf)).all()):
-        return fastest.item(), trial  # no place is faster than another
-    top = rates.topk(min(PLACES, len(rates))).indices.repeat(max(2, B // PLACES))
-    first = torch.tensor(at, device=x.device)[top // B]
-    path = _walked(steps, x[first, top % B], first, last, Fresh(seed))
-    return fastest.item(), (path, first)
-
-
-def _turned(steps: GaussianSteps, x: State, dw: Tensor, k: int) -> float:
-    """How fast noise that depends on the state parts neighbours: the mean of Σ_l |∂G_l v|² / 2.
-
-    Over states and unit vectors v, in units of 1 / time: what noise adds to the growth of J.
-    """
-    with torch.inference_mode(False), torch.enable_grad():
-        x, dw = _ordinary(x).requires_grad_(), _ordinary(dw)
-        out = steps.operator(x, k).kick(torch.zeros_like(x), dw)
-        if not out.requires_grad:
-            return 0.0
-        source = torch.Generator().manual_seed(0)
-        v = torch.randn(x.shape, generator=source, dtype=torch.float64).to(x)
-        back = torch.autograd.grad(out, x, v)[0].double().flatten(1).square().sum(1)
-    return back.nanmean().item() / (2 * x[0].numel() * steps.h(k))
-
-
-def _walked(steps: GaussianSteps, x: State, first: Tensor, last: int, noise: Fresh) -> Path:
-    """Paths that stand still until their first step."""
-    xs, dws = [x], []
-    for k in range(last):
-        dws.append(noise.normal(k, steps.noise_shape(x), x, steps.h(k) ** 0.5))
-        x = torch.where(per_sample(first <= k, x) > 0, steps.after(x, k, dws[k]), x)
-        xs.append(x)
-    return Path(steps.grid[: last + 1], torch.stack(xs), torch.stack(dws))
-
-
-def _size(
-    weight: PathWeight, steps: GaussianSteps, trial: _Trial, at: list[int], last: int
-) -> float:
-    """(T - s) E|GᵀS|² over the worse half of the paths."""
-    (path, first), x = trial, trial[0].x
-    size = torch.zeros(len(first), dtype=torch.float64, device=x.device)
-    for k, v in zip(at, weight(steps, path, at, last), strict=True):
-        here, left = first == k, abs(steps.grid[last] - steps.grid[k]).item()
-        c = steps.operator(x[k, here], k).tmv(v[here])
-        size[here] = left * c.double().flatten(1).square().sum(1)
-    # paths that blow up say nothing of weights; weights that blow up do
-    size = size[x[-1].flatten(1).isfinite().all(1)]
-    halves = [half.mean().item() for half in size.chunk(2)]
-    return max(halves) if all(map(math.isfinite, halves)) else math.inf

@@ -77,6 +77,19 @@ def write_json(path: Path, value: Any) -> None:
         draft.write_text(json.dumps(value, indent=2) + "\n")
 
 
+def write_table(path: Path, table: Any) -> Path:
+    """Writes a pyarrow table as .csv or, by any other ending, as Parquet; whole or not at all."""
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    with whole(path) as draft, draft.open("wb") as handle:
+        if path.suffix.lower() == ".csv":
+            pyarrow.csv.write_csv(table, handle)
+        else:
+            pyarrow.parquet.write_table(table, handle)
+    return path
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Writes tensors as safetensors, whole or not at all."""
     with whole(path) as draft:
