@@ -26,7 +26,6 @@ for 200 steps. Grids are the published ones, 200 Euler steps; published runs too
 """
 
 import argparse
-import itertools
 import json
 import math
 import time
@@ -296,9 +295,9 @@ def shapes(seeds, quick):
     Beside the distance that the tilt alone reaches stands that of the last step's noise.
     """
     rows, grid = [], kk.grids.uniform(0.0, 1.0, 100)
-    problems = {"8, reach 0.5": kk.Landmarks(points=8),
-                "50, reach 0.1": kk.Landmarks(points=50, alpha=2.0, kappa=0.1)}  # fmt: skip
-    for (name, sde), iterations in itertools.product(problems.items(), (1, 1000)):
+    few, many = kk.Landmarks(points=8), kk.Landmarks(points=50, alpha=2.0, kappa=0.1)
+    problems = [("8, reach 0.5", few, 1), ("8, reach 0.5", few, 1500), ("50, reach 0.1", many, 1)]
+    for name, sde, iterations in problems:
         start, found = sde.start[None], []
         end = 1.5 * start
         K = sde.diffusion(end, torch.tensor(1.0)).K

@@ -31,9 +31,12 @@ from kakusan import (
 )
 from kakusan import FitzHughNagumo as Nerve
 from kakusan.core.noise import Recorded, generator
+from kakusan.inference.conditioning.ahead import Linearised
 from kakusan.inference.conditioning.finish import Free, ModifiedBridge, Pinned
+from kakusan.inference.conditioning.linear import LinearTilt
 from kakusan.inference.conditioning.metropolis import metropolis
 from kakusan.inference.conditioning.paths import conditioned, systematic
+from kakusan.inference.conditioning.reach import Rows
 from kakusan.inference.conditioning.tilts import Tilt, Untilted
 from kakusan.inference.weights import path_log_weights
 from kakusan.processes.observations import (
@@ -206,9 +209,10 @@ def test_a_brownian_bridge_weighs_its_density_and_nothing_else():
     check_mean((plain.log_weights - truth).exp(), 1.0, "pinned")
 
 
+@pytest.mark.parametrize("end", [Pinned(), ModifiedBridge()], ids=["pinned", "modified"])
 @pytest.mark.parametrize("what", ["coordinate", "both", "mixed", "noisy", "noisy coordinate"])
 @pytest.mark.parametrize("kind", ["exact", "wrong", "none"])
-def test_a_plane_given_what_is_seen_of_its_end(kind, what):
+def test_a_plane_given_what_is_seen_of_its_end(kind, what, end):
     seen, H, y = {
         "coordinate": (Coordinates([-1]), row(0.0, 1.0), row(0.8)),
         "both": (Terminal(), torch.eye(2, dtype=F64), row(0.5, 0.8)),
@@ -222,7 +226,7 @@ def test_a_plane_given_what_is_seen_of_its_end(kind, what):
     if kind == "exact" and seen.std:
         kind = "none"  # of the noiseless event; nothing else is exact here
     pull = {"exact": law.tilt(TURNING, H), "wrong": wrong, "none": Untilted(TURNING)}[kind]
-    paths = conditioned(steps, x0.repeat(20_000, 1), pull, seen, y, noise=Fresh(2))
+    paths = conditioned(steps, x0.repeat(20_000, 1), pull, seen, y, noise=Fresh(2), end=end)
     check_paths(paths, law, *law.given(law.seen((6, H)), y[0], seen.std), (kind, what))
     if what in ("coordinate", "both"):
         assert torch.equal(seen.forward(paths.end), y.expand(20_000, -1))
@@ -241,13 +245,65 @@ def test_diagonal_noise_and_dense_noise_say_the_same():
         (Terminal(), torch.cat([y, y[:, :1]], 1)),
         (Measured(torch.eye(3, dtype=F64)[[2, 0]], std=0.3), y),
     ):  # fmt: skip
-        a, b = (
-            conditioned(EulerSteps(sde, grids.uniform(0, 1, 5)), x, toward_sum(sde), seen, value,
-                        noise=Fresh(4))
-            for sde in pair
-        )  # fmt: skip
-        assert torch.allclose(a.x, b.x, atol=1e-10) and torch.allclose(a.dw, b.dw, atol=1e-10)
-        assert torch.allclose(a.log_weights, b.log_weights, atol=1e-9), seen
+        for end in (Pinned(), ModifiedBridge()):
+            a, b = (
+                conditioned(EulerSteps(sde, grids.uniform(0, 1, 5)), x, toward_sum(sde), seen,
+                            value, noise=Fresh(4), end=end)
+                for sde in pair
+            )  # fmt: skip
+            assert torch.allclose(a.x, b.x, atol=1e-10) and torch.allclose(a.dw, b.dw, atol=1e-10)
+            assert torch.allclose(a.log_weights, b.log_weights, atol=1e-9), seen
+
+
+def test_what_is_seen_is_narrowed_and_nothing_else():
+    """Brownian motion in space: with the exact pull and narrowed noise all weights are p(y)."""
+    brownian, x = Brownian(sigma=0.7, span=(0.0, 2.0)), many([0.0, 0.3, 0.0], 200)
+    steps = EulerSteps(brownian, grids.quadratic(0.0, 2.0, 9))
+    H = torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, -1.0]], dtype=F64)
+    for seen, rows in (
+        (Coordinates([2, 0]), torch.eye(3, dtype=F64)[[2, 0]]),
+        (Coordinates([2, 0], std=0.2), torch.eye(3, dtype=F64)[[2, 0]]),
+        (Measured(H), H), (Measured(H, std=0.2), H), (Measured(H[:1], std=0.2), H[:1]),
+    ):  # fmt: skip
+        y, exact = torch.full((1, len(rows)), 0.8, dtype=F64), LinearTilt.exact(brownian, seen)
+        S = 0.98 * rows @ rows.mT + seen.std**2 * torch.eye(len(rows), dtype=F64)
+        truth = MultivariateNormal(rows @ x[0], S).log_prob(y)
+        paths = conditioned(steps, x, exact, seen, y, noise=Fresh(0), end=ModifiedBridge())
+        assert (paths.log_weights - truth).abs().max() < 1e-9, seen
+        # what is not seen keeps its noise
+        blind = torch.linalg.svd(rows)[2][len(rows) :]
+        plain = conditioned(steps, x, exact, seen, y, noise=Fresh(0))
+        assert torch.allclose(paths.dw @ blind.mT, plain.dw @ blind.mT, atol=1e-9)
+
+
+@pytest.mark.parametrize("how", [LinearTilt.exact, Linearised], ids=["linear", "linearised"])
+def test_a_kicked_position_is_narrowed_by_way_of_its_momentum(how):
+    sde = CriticallyDamped(beta=1.0, dim=1)
+    steps, x0 = EulerSteps(sde, grids.uniform(0.0, 1.0, 40)), row(1.0, 0.3)
+    seen, H, y = Coordinates([0]), row(1.0, 0.0), row(0.6)
+    law, x = Law(steps, x0), x0.repeat(20_000, 1)
+    paths, wide = (
+        conditioned(steps, x, how(sde, seen), seen, y, noise=Fresh(0), end=end)
+        for end in (ModifiedBridge(), Pinned())
+    )
+    check_paths(paths, law, *law.given(law.seen((40, H)), y[0]), how)
+    assert paths.ess > 0.6 * len(x) > 0.3 * len(x) > wide.ess
+
+
+def test_the_root_of_what_is_left_of_the_noise():
+    """√(I - share Jᵀ S⁻¹ J) squared, and its determinant, for all kinds of reach."""
+    A = torch.randn(6, 2, 3, dtype=F64, generator=generator(0))
+    A[5] = 0  # reaches nothing: its noise stays as it is
+    for R, share in ((0.3, 0.7), (torch.tensor([[0.5, 0.1], [0.1, 0.2]], dtype=F64), 1.0),
+                     (0.0, torch.linspace(0.0, 0.9, 6, dtype=F64)[:, None])):  # fmt: skip
+        reach = Rows(A, R)
+        eye = torch.eye(3, dtype=F64)
+        root = torch.stack([reach.narrowed(e.expand(6, 3), share)[0] for e in eye], 2)
+        S = A @ A.mT + torch.as_tensor(R) * (1 if isinstance(R, torch.Tensor) else torch.eye(2))
+        K = torch.as_tensor(share).reshape(-1, 1, 1) * (A.mT @ torch.linalg.pinv(S) @ A)
+        assert torch.allclose(root @ root.mT, eye - K, atol=1e-12)
+        log_det = torch.linalg.slogdet(eye - K).logabsdet / 2
+        assert torch.allclose(reach.narrowed(eye[:1].expand(6, 3), share)[1], log_det, atol=1e-12)
 
 
 def toward_sum(sde):
@@ -724,8 +780,6 @@ def test_what_cannot_be_conditioned_is_refused():
          lambda: go(pull=NoValue(OU), resample=0.5)),
         (r"control of Slope is \(5, 2\), and the noise of the chain \(5, 1\)", KakusanError,
          lambda: go(pull=Slope(OU, lambda x, t, y: torch.cat([x, x], 1)))),
-        (r"ModifiedBridge narrows all of the noise", KakusanError,
-         lambda: go(seen=Coordinates([0]), end=ModifiedBridge())),
         (r"f gives one value a path, \(5, ...\)", KakusanError,
          lambda: go().expectation(lambda x: x.sum())),
         ("beta in", KakusanError,

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kakusan.bridges.walks import check_inside, narrowed
+from kakusan.bridges.walks import check_inside
 from kakusan.core import grids
 from kakusan.core.noise import Keyed, Noise
 from kakusan.core.types import State, Time
 from kakusan.errors import KakusanError
-from kakusan.inference.conditioning.finish import End, placed
+from kakusan.inference.conditioning.finish import End, ModifiedBridge, placed
 from kakusan.inference.conditioning.learned import BridgeTilt
 from kakusan.inference.conditioning.paths import Conditioned, Expectation, conditioned
 from kakusan.objectives.covering import Covering
@@ -112,8 +112,7 @@ class Bridge:
             n: How many.
             steps: A number of equal steps instead of those it was learned on.
             grid: Times instead.
-            end: How they end; `ModifiedBridge()` by default where the whole state is seen, else
-                `Pinned()`: in y exactly.
+            end: How they come to y; `ModifiedBridge()` by default: in y exactly, narrowed before.
             seed: Fixes each path, whatever n.
             noise: Where the numbers come from, instead of a seed.
             keep: Whether to keep all states or the last alone.
@@ -134,10 +133,9 @@ class Bridge:
         check_inside(chain, observe, values, x)
         self._warn(values)
         with torch.no_grad():
-            end = end or narrowed(chain, observe, x)
             return conditioned(
                 chain, x.contiguous(), self.tilt, observe, values, noise=noise or Keyed(seed),
-                end=end, keep=keep,
+                end=end or ModifiedBridge(), keep=keep,
             )  # fmt: skip
 
     def measured_score(

@@ -16,10 +16,7 @@ from kakusan.core.types import State, per_sample
 from kakusan.errors import KakusanError
 from kakusan.inference.conditioning.ahead import Linearised
 from kakusan.inference.conditioning.finish import (
-    End,
     ModifiedBridge,
-    Pinned,
-    finishes,
     placed,
 )
 from kakusan.inference.conditioning.learned import BridgeTilt
@@ -134,7 +131,7 @@ class Task(NamedTuple):
         x = self.starts(pairs, source).repeat_interleave(self.group, 0)
         which = torch.randint(len(self.ends), (pairs,), generator=source)
         y = self.ends[which.to(self.ends.device)].repeat_interleave(self.group, 0).to(x)
-        end = narrowed(self.steps, self.observe, x)
+        end = ModifiedBridge()
         found = conditioned(self.steps, x, tilt, self.observe, y, noise=noise, end=end)
         weight, ess = flattened(found.log_weights.view(pairs, -1))
         return Walk(found.path, y, weight.flatten().to(x), len(self.steps), ess)
@@ -169,15 +166,6 @@ def invertible(steps: GaussianSteps, start: Starts) -> bool:
     except NotElliptic:
         return False
     return True
-
-
-def narrowed(steps: GaussianSteps, observe: Observation, x: State) -> End:
-    """Where the whole state is seen, and one step's noise reaches it, paths narrow towards it."""
-    parts = placed(steps, observe)
-    if not all(isinstance(part.what, Terminal) for part in parts):
-        return Pinned()
-    last = finishes(steps, x, parts).values()
-    return ModifiedBridge() if all(f.at - f.first == 1 for f in last) else Pinned()
 
 
 def seen(observe: Observation, path: Path, last: int, source: torch.Generator) -> Tensor:

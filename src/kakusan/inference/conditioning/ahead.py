@@ -48,6 +48,7 @@ from torch.func import jvp
 from kakusan.core.operators import NotElliptic
 from kakusan.core.types import State, Time, as_time
 from kakusan.inference.conditioning.linear import scaled_root, where_next
+from kakusan.inference.conditioning.reach import Reach, Rows
 from kakusan.inference.conditioning.tilts import Tilt
 from kakusan.processes.observations import Linear, Observation
 from kakusan.processes.sde import SDE
@@ -87,6 +88,7 @@ class Linearised(Tilt):
     def __init__(self, sde: SDE, observation: Observation, end: float | None = None) -> None:
         self.sde, self.observation = ito(sde), observation
         self.end = float(self.sde.span[1] if end is None else end)
+        self._seen: tuple[State, Time, Slopes] | None = None
 
     def score(self, x: State, t: Time, y: Tensor) -> State:  # noqa: D102
         self.observation.size(x)  # a Series counts the numbers of its parts
@@ -103,7 +105,7 @@ class Linearised(Tilt):
 
     def _towards(self, seen: Linear, x: State, t: Time, tau: Tensor, y: Tensor) -> State:
         """W Eᵀ Hᵀ (H Q Hᵀ + std²)⁻¹ (y - H m)."""
-        here = Slopes.at(self.sde, x, t)
+        here = self._slopes(x, t)
         tau = tau.to(x.device).expand(len(x))
         look, H = here.after(tau), seen.matrix(x).double()
         m = x.double() + look.moved.mT.view_as(x)
@@ -117,6 +119,24 @@ class Linearised(Tilt):
         u = times(look.E.transpose(0, 1), (v @ H).mT).mT
         u = torch.where(_beside(trust > 0, u), _beside(trust, u) * u, 0.0)
         return u.reshape(x.shape).to(x.dtype)
+
+    def foresight(
+        self, seen: Linear, x: State, t: Time, s: Time, end: float
+    ) -> tuple[Reach, Tensor | float]:
+        """J = √h H exp(J (τ - h)) G of the next step, beside the covariance after it."""
+        h = abs(s - t).item()
+        here, tau = self._slopes(x, t), (end - t).abs().to(x.device).expand(len(x)).double()
+        look, rest, H = here.after(tau), here.after(tau - h), seen.matrix(x).double()
+        G, E = self.sde.diffusion(x, t), rest.E.permute(2, 0, 1)
+        columns = [G.tmv(row.to(x).reshape(x.shape)).flatten(1) for row in (H @ E).unbind(1)]
+        reach = Rows(h**0.5 * torch.stack(columns, 1), _covariance(seen, H, rest.Q))
+        return reach, self._trust(here, look, x, t, tau).unsqueeze(1)
+
+    def _slopes(self, x: State, t: Time) -> Slopes:
+        """The process at (x, t); a step asks twice."""
+        if self._seen is None or self._seen[0] is not x or not torch.equal(self._seen[1], t):
+            self._seen = (x, t, Slopes.at(self.sde, x, t))
+        return self._seen[2]
 
     def _trust(self, here: Slopes, look: Look, x: State, t: Time, tau: Tensor) -> Tensor:
         """The factor w, (B,), in the words of the lecture; 0 where it is not even a number."""

@@ -32,9 +32,11 @@ from torch import Tensor
 from torch.func import jvp
 
 from kakusan.core.noise import Fresh
-from kakusan.core.operators import NotElliptic, Operator, Scale
+from kakusan.core.operators import NotElliptic, Scale
 from kakusan.core.types import State
 from kakusan.errors import KakusanError
+from kakusan.inference.conditioning.reach import Reach, Rows, Single, Whole
+from kakusan.inference.conditioning.tilts import Tilt
 from kakusan.processes.observations import Coordinates, Linear, Observation, Terminal
 from kakusan.solvers.gaussian import GaussianSteps
 
@@ -92,11 +94,11 @@ class Finish:
 
     def bad(self, x: State) -> Tensor:
         """Which states see their noise not reach what is seen, (B,)."""
-        return (self._reach(x) if self.at - self.first == 1 else self._slopes(x)[0]).bad
+        return (self.reach(x) if self.at - self.first == 1 else self._slopes(x)[0]).bad
 
     def _one(self, x: State, y: Tensor, dw: Tensor, eps: Tensor | float) -> Landed:
         k, H = self.first, self.what
-        reach, m, G = self._reach(x), self.steps.mean(x, k), self.steps.operator(x, k)
+        reach, m, G = self.reach(x), self.steps.mean(x, k), self.steps.operator(x, k)
         if reach.bad.any():
             raise NotElliptic(_unreached(H, 1, reach.bad))
         away = y - H.forward(m)
@@ -147,8 +149,11 @@ class Finish:
     def _roots(self) -> list[float]:
         return [self.steps.h(k) ** 0.5 for k in range(self.first, self.at)]
 
-    def _reach(self, x: State) -> Reach:
-        """One step's map J from noise to what is seen, in the form that costs least."""
+    def reach(self, x: State, noisy: float = 1.0) -> Reach:
+        """One step's map J from noise to what is seen, in the form that costs least.
+
+        With `noisy` times the noise of what is seen.
+        """
         k, H, d = self.first, self.what, x[0].numel()
         G, root, shape = self.steps.operator(x, k), self.steps.h(k) ** 0.5, self.steps.noise_shape
         m = math.prod(shape(x)[1:])
@@ -157,10 +162,10 @@ class Finish:
         if isinstance(H, Coordinates) and isinstance(G, Scale):
             at = H.at % d
             if len(at.unique()) == len(at):
-                return Single(G, root, H, x)
+                return Single(G, root, H, x, noisy * H.std)
         rows = torch.eye(H.size(x)).to(x).unsqueeze(1).expand(-1, len(x), -1)
         A = [root * G.tmv(H.transpose(e, x)).reshape(len(x), m) for e in rows]
-        return Rows(torch.stack(A, 1), H.std)
+        return Rows(torch.stack(A, 1), (noisy * H.std) ** 2)
 
     def _slopes(self, x: State, z: Tensor | None = None) -> tuple[Rows, Tensor]:
         """The slope of H X_at in the noise of all steps, and its value."""
@@ -188,79 +193,6 @@ class Finish:
         return states, dws
 
 
-class Reach(abc.ABC):
-    """J, from standard normal numbers z to what is seen, (B, k), with S = J Jᵀ + std².
-
-    Attributes:
-        bad: Where S has no inverse, (B,).
-    """
-
-    bad: Tensor
-
-    @abc.abstractmethod
-    def lift(self, r: Tensor) -> Tensor:
-        """Jᵀ S⁻¹ r."""
-
-    @abc.abstractmethod
-    def log_density(self, r: Tensor) -> Tensor:
-        """Log N(r; 0, S), (B,) in float64."""
-
-
-class Whole(Reach):
-    """J = √h G, square, for the whole state: no S, which would square the condition of G."""
-
-    def __init__(self, G: Operator, root: float, x: State) -> None:
-        self.G, self.root, self.x = G, root, x
-        self.log_det = G.logabsdet(x).double() + x[0].numel() * math.log(root)
-        self.bad = ~self.log_det.isfinite()
-
-    def lift(self, r: Tensor) -> Tensor:  # noqa: D102
-        return self.G.solve(r.reshape(self.x.shape)).flatten(1) / self.root
-
-    def log_density(self, r: Tensor) -> Tensor:  # noqa: D102
-        return _log_normal(self.lift(r).double()) - self.log_det
-
-
-class Single(Reach):
-    """J = √h H G for single coordinates with a noise each: S is diagonal."""
-
-    def __init__(self, G: Operator, root: float, H: Linear, x: State) -> None:
-        self.G, self.root, self.H, self.x = G, root, H, x
-        self.S = root**2 * H.forward(G.gram(torch.ones_like(x))) + H.std**2
-        self.bad = ~(self.S > 0).all(1)
-
-    def lift(self, r: Tensor) -> Tensor:  # noqa: D102
-        return self.root * self.G.tmv(self.H.transpose(r / self.S, self.x)).flatten(1)
-
-    def log_density(self, r: Tensor) -> Tensor:  # noqa: D102
-        S = self.S.double()
-        return _log_normal(r.double() / S.sqrt()) - S.log().sum(1) / 2
-
-
-class Rows(Reach):
-    """J as matrices A, (B, k, m)."""
-
-    def __init__(self, A: Tensor, std: float) -> None:
-        self.A, k = A.double(), A.shape[1]
-        S = self.A @ self.A.mT + std**2 * torch.eye(k, dtype=torch.float64, device=A.device)
-        # as correlations, so that units and small steps do not count
-        self.units = S.diagonal(dim1=1, dim2=2).sqrt()
-        C = S / (self.units.unsqueeze(2) * self.units.unsqueeze(1))
-        self.root, info = torch.linalg.cholesky_ex(torch.where(C.isfinite(), C, 0.0))
-        least = self.root.diagonal(dim1=1, dim2=2).amin(1) ** 2
-        self.bad = (info != 0) | ~(least > 100 * k * torch.finfo(A.dtype).eps)
-
-    def lift(self, r: Tensor) -> Tensor:  # noqa: D102
-        v = torch.cholesky_solve((r.double() / self.units).unsqueeze(-1), self.root)
-        return (self.A.mT @ (v / self.units.unsqueeze(-1))).squeeze(-1).to(r)
-
-    def log_density(self, r: Tensor) -> Tensor:  # noqa: D102
-        u = (r.double() / self.units).unsqueeze(-1)
-        white = torch.linalg.solve_triangular(self.root, u, upper=False).squeeze(-1)
-        volume = self.root.diagonal(dim1=1, dim2=2).log() + self.units.log()
-        return _log_normal(white) - volume.sum(1)
-
-
 class End(abc.ABC):
     """How paths come to what is seen."""
 
@@ -268,9 +200,11 @@ class End(abc.ABC):
     def finishes(self, steps: GaussianSteps, x: State, seen: Sequence[Seen]) -> dict[int, Finish]:
         """The last steps to what is seen, by the index of the state before them."""
 
-    def spread(self, t: float, s: float, end: float | None) -> float:
-        """s_k of the step from t to s, the next observation being at time `end`."""
-        return 1.0
+    def narrowed(
+        self, steps: GaussianSteps, k: int, x: State, seen: Seen | None, tilt: Tilt, dw: Tensor
+    ) -> tuple[Tensor, Tensor | float]:
+        """The noise of step k, where `seen` comes next, and log |∂ narrowed / ∂ dw|."""
+        return dw, 0.0
 
 
 class Pinned(End):
@@ -286,25 +220,32 @@ class Pinned(End):
 
 
 class ModifiedBridge(End):
-    """Like `Pinned`, with the steps before narrowed as those of a Brownian bridge are.
+    """Like `Pinned`, with the steps before narrowed as those of a bridge of Brownian motion are.
 
-    s_k² = (T - t_{k+1}) / (T - t_k): otherwise paths are spread too widely for the last step. For
-    observations of whole states: noise that is not seen must not be narrowed.
+    By s_k² = (T - t_{k+1}) / (T - t_k) for a whole state, and for less in the directions that are
+    seen; noise that does not reach what is seen in one step is left as it is. Otherwise paths are
+    spread too widely for the last step: each number that is pinned costs a quarter of them.
     """
 
     def finishes(  # noqa: D102
         self, steps: GaussianSteps, x: State, seen: Sequence[Seen]
     ) -> dict[int, Finish]:
-        for _, what, _ in seen:
-            if not isinstance(what, Terminal):
-                raise KakusanError(
-                    f"ModifiedBridge narrows all of the noise, for paths whose whole state is "
-                    f"seen, and {what} is another observation: take Pinned()"
-                )
         return finishes(steps, x, seen)
 
-    def spread(self, t: float, s: float, end: float | None) -> float:  # noqa: D102
-        return 1.0 if end is None else math.sqrt((end - s) / (end - t))
+    def narrowed(  # noqa: D102
+        self, steps: GaussianSteps, k: int, x: State, seen: Seen | None, tilt: Tilt, dw: Tensor
+    ) -> tuple[Tensor, Tensor | float]:
+        if seen is None or not isinstance(seen.what, Linear):
+            return dw, 0.0
+        t, end = steps.grid[k], steps.grid[seen.at]
+        share = steps.h(k) / abs(end - t).item()
+        ahead = tilt.foresight(seen.what, x, t, steps.grid[k + 1], end.item())
+        if ahead is None and isinstance(seen.what, Terminal):
+            return (1 - share) ** 0.5 * dw, dw[0].numel() / 2 * math.log1p(-share)
+        if ahead is None:
+            ahead = Finish(steps, k, k + 1, seen.what).reach(x, share**0.5), share
+        z, log_det = ahead[0].narrowed(dw.flatten(1), ahead[1])
+        return z.reshape(dw.shape), log_det
 
 
 class Free(End):
@@ -387,10 +328,6 @@ def _unreached(what: Linear, length: int, bad: Tensor) -> str:
         f"matrix is singular for {int(bad.sum())} of {len(bad)} paths): take more steps before "
         "it, see less of the state, or see it with a noise, std > 0"
     )
-
-
-def _log_normal(z: Tensor) -> Tensor:
-    return -(z * z).sum(1) / 2 - z.shape[1] / 2 * math.log(2 * math.pi)
 
 
 def _size(*numbers: Tensor) -> Tensor:

@@ -7,9 +7,10 @@ from torch import Tensor
 from kakusan.core.operators import NotElliptic, Operator
 from kakusan.core.types import State, Time, as_time, per_sample
 from kakusan.errors import KakusanError
+from kakusan.inference.conditioning.reach import Reach
 from kakusan.inference.conditioning.tilts import Tilt
 from kakusan.models.bridgenet import BridgeNet
-from kakusan.processes.observations import Observation
+from kakusan.processes.observations import Linear, Observation
 from kakusan.solvers.gaussian import EulerSteps, GaussianSteps
 
 
@@ -57,6 +58,11 @@ class BridgeTilt(Tilt):
                 f"{error}; of a process with such noise the control GᵀS is learned, which is all "
                 "that moves it: ask for .control"
             ) from None
+
+    def foresight(  # noqa: D102
+        self, seen: Linear, x: State, t: Time, s: Time, end: float
+    ) -> tuple[Reach, Tensor | float] | None:
+        return self.base.foresight(seen, x, t, s, end)
 
     def _operator(self, x: State, t: Time) -> Operator:
         """G of the chain in the step that starts at t."""

@@ -39,6 +39,7 @@ from torch import Tensor
 from kakusan.core.operators import NotElliptic
 from kakusan.core.types import State, Time, as_time
 from kakusan.errors import KakusanError
+from kakusan.inference.conditioning.reach import Reach, Rows
 from kakusan.inference.conditioning.tilts import Tilt
 from kakusan.processes.observations import Linear, Observation
 from kakusan.processes.sde import SDE
@@ -178,6 +179,21 @@ class LinearTilt(Tilt):
     def log_h(self, x: State, t: Time, y: Tensor) -> Tensor:  # noqa: D102
         return self._over(x, t, y, Law.log_density, 1)[:, 0].to(x.dtype)
 
+    def foresight(
+        self, seen: Linear, x: State, t: Time, s: Time, end: float
+    ) -> tuple[Reach, Tensor | float] | None:
+        """Of noise that comes to what is seen by way of the drift: J = √h N G."""
+        ahead = self._of(x)
+        i = min(range(len(ahead.times)), key=lambda i: abs(ahead.times[i] - end))
+        if ahead.direct[i]:
+            return None
+        law, G = ahead.law(i, (s.item(),)), self.sde.diffusion(x, t)
+        rows = law.N[0, :, :-1].to(x).reshape(-1, 1, *x.shape[1:])
+        J = torch.stack([G.tmv(row.expand_as(x)).flatten(1) for row in rows], 1)
+        return Rows(
+            abs(s - t).item() ** 0.5 * J, (law.root @ law.root.mT).expand(len(x), -1, -1)
+        ), 1.0
+
     def _over(
         self, x: State, t: Time, y: Tensor, use: Callable[[Law, Tensor], Tensor], width: int
     ) -> Tensor:
@@ -312,7 +328,7 @@ class Ahead:
         B: (d, d), in time that runs forwards.
         beta: (d,).
         D: (d, d).
-        seen: What is seen, in the order in which it is.
+        seen: What is seen, in the order in which it is; `direct` where noise reaches it at once.
         device: Where laws are wanted; they are computed on the CPU.
     """
 
@@ -333,6 +349,7 @@ class Ahead:
             columns.append(torch.cat([one.columns, *columns[-1:]]))
             views.append(view)
             later = one.t
+        self.direct = [bool(scaled_root(one.H @ D @ one.H.mT)[1]) for one in seen]
         self.views, self.columns = views[::-1], [c.to(device) for c in columns[::-1]]
         self._laws: dict[tuple[int, tuple[float, ...]], Law] = {}
         self._numbers = 0

@@ -260,13 +260,13 @@ class _Run:
                 f"the control of {type(self.tilt).__name__} is {tuple(c.shape)}, and the noise of "
                 f"the chain {self.shape}: both must be of one process"
             )
-        end = next((self.times[s.at] for s in self.seen if s.at > k), None)
-        h, s = self.steps.h(k), self.end.spread(self.times[k], self.times[k + 1], end)
-        db = self.increment(k)
-        dw = h * c.to(db) + s * db
+        h, db = self.steps.h(k), self.increment(k)
+        seen = next((s for s in self.seen if s.at > k), None)
+        narrow, log_s = self.end.narrowed(self.steps, k, self.x, seen, self.tilt, db)
+        dw = h * c.to(db) + narrow
         # |db|² - |dw|², where most of both cancels
         term = ((db - dw) * (db + dw)).double().flatten(1).sum(1) / (2 * h)
-        self.log_w = self.log_w + term + dw[0].numel() * math.log(s)
+        self.log_w = self.log_w + term + log_s
         self.arrive(k, self.steps.after(self.x, k, dw), dw)
 
     def finish(self, finish: Finish, seen: Seen) -> None:

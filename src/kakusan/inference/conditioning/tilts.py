@@ -20,6 +20,8 @@ from torch import Tensor
 
 from kakusan.core.types import Field, State, Time
 from kakusan.errors import KakusanError
+from kakusan.inference.conditioning.reach import Reach
+from kakusan.processes.observations import Linear
 from kakusan.processes.sde import SDE
 from kakusan.processes.transforms import ito
 
@@ -46,6 +48,16 @@ class Tilt(abc.ABC):
     def log_h(self, x: State, t: Time, y: Tensor) -> Tensor:
         """Log h(x, t; y), (B,), where the tilt knows it."""
         raise KakusanError(f"{type(self).__name__} knows the slope of log h, not its value")
+
+    def foresight(
+        self, seen: Linear, x: State, t: Time, s: Time, end: float
+    ) -> tuple[Reach, Tensor | float] | None:
+        """What the noise of a step from t to s does to what is seen at `end`, and its share.
+
+        The share, a number or (B, 1), is how far to go by it. None leaves both to the noise as it
+        is at x.
+        """
+        return None
 
     def until(self, end: float) -> Self:
         """The same for another end."""
