@@ -45,9 +45,11 @@ from kakusan.bridges.walks import (
     invertible,
     pools_of,
 )
-from kakusan.core.noise import generator, mix
+from kakusan.core.noise import Fresh, generator, mix
 from kakusan.core.operators import NotElliptic
 from kakusan.errors import KakusanError
+from kakusan.inference.conditioning.finish import ModifiedBridge
+from kakusan.inference.conditioning.paths import conditioned
 from kakusan.inference.conditioning.tilts import Tilt
 from kakusan.learn import Starts
 from kakusan.models.bridgenet import BridgeNet
@@ -62,6 +64,7 @@ from kakusan.training.regress import regress, shuffled, strata
 # paths, times of each, visits of each time
 FREE, GUIDED, COVERED = (8192, 8, 1), (2048, 32, 2), (1024, 64, 2)
 PILOT = 2048  # paths from which the weights are chosen, where states are small
+PAIRS, EACH = 64, 16  # values on which the network is tried, and paths to each
 SEEN = 1 << 14  # values kept to know where paths came
 
 
@@ -254,9 +257,10 @@ class _Shown:
 
 @torch.no_grad()
 def _trusted(task: Task, model: BridgeNet, times: int) -> float:
-    """Sets the factor of the network with the least error on unseen paths; what it explains.
+    """Sets the factor of the network; what it explains on unseen paths.
 
-    None at all unless what it explains is beyond two standard errors.
+    The one with the least error, unless clearly more paths count with a part of it; none at all
+    unless what it explains is beyond two standard errors.
     """
     tilt = task.tilt(model)
     walk = task.walk(HELD_OUT, tilt)
@@ -271,5 +275,19 @@ def _trusted(task: Task, model: BridgeNet, times: int) -> float:
         whole += pool.goal.square().flatten(1).sum(1).dot(pool.weight).item()
     total, error = along.sum().item(), along.std().item() * len(along) ** 0.5
     trust = min(1.0, total / square) if total > 2 * error else 0.0
+    if trust and not task.horizons:
+        parts = [trust * c for c in (1.0, 0.75, 0.5, 0.25, 0.0)]
+        shares = [_share(task, model, walk, part) for part in parts]
+        trust = next(p for p, s in zip(parts, shares, strict=True) if s > 0.95 * max(shares))
     model.trust.fill_(trust)
     return (2 * trust * total - trust**2 * square) / whole
+
+
+def _share(task: Task, model: BridgeNet, walk: Walk, trust: float) -> float:
+    """The effective share of paths to values of a walk, with so much of the network."""
+    model.trust.fill_(trust)
+    x, y = (v[:PAIRS].repeat_interleave(EACH, 0) for v in (walk.path.x[0], walk.y))
+    found = conditioned(task.steps, x, task.tilt(model), task.observe, y, noise=Fresh(task.seed),
+                        end=ModifiedBridge(), keep=False)  # fmt: skip
+    w = found.log_weights.view(-1, EACH).softmax(1).nan_to_num(1.0)
+    return (1 / w.square().sum(1)).mean().item() / EACH
