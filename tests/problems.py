@@ -100,3 +100,25 @@ class Reversible(SDE):
 
     def drift(self, x, t):
         return (self.gram_divergence(x, t) + self.diffusion(x, t).gram(self.score(x, t))) / 2
+
+
+class Curved(SDE):
+    """A drift that turns in time and a dense G that depends on the state."""
+
+    def drift(self, x, t):
+        return -x + 0.8 * torch.sin(2 * x.flip(1)) * (1 + t.reshape(-1, 1))
+
+    def diffusion(self, x, t):
+        a, b = torch.sin(1.5 * x[:, 0] + x[:, 1]), torch.cos(x[:, 0] - x[:, 1])
+        rows = [
+            torch.stack([1 + 0.4 * a, 0.3 * b], 1),
+            torch.stack([0.2 * a * b, 0.9 - 0.3 * b], 1),
+        ]
+        return Dense(torch.stack(rows, 1))
+
+
+class Wide(Curved):
+    """Three noises for two coordinates."""
+
+    def diffusion(self, x, t):
+        return Dense(torch.cat([super().diffusion(x, t).G, 0.3 * torch.cos(x).unsqueeze(-1)], -1))

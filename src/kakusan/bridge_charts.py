@@ -26,8 +26,8 @@ from kakusan.charts import (
     LAW,
     PATH,
     _fan,
+    _frame,
     _pairs,
-    _space,
 )
 from kakusan.processes.observations import Coordinates, Event
 from kakusan.simulation import SHOWN, Ensemble
@@ -46,17 +46,10 @@ BETWEEN = 5  # outlines between the first and the last
 def draw(found: Bridged, path: Path) -> Path:
     """Draws conditioned paths as a PNG, and returns its path."""
     import matplotlib
-    from matplotlib.figure import Figure
 
     many = ensemble(found)
     with matplotlib.rc_context(_STYLE):
-        space = _space(many)
-        rows = min(SHOWN if space != "outline" else 4, len(many.names))
-        height = max(1.9 * rows + 0.9, 4.6 if space else 3.8)
-        wide = min(max(0.8 * height, 4.0), 7.5) if space else 0.0
-        figure = Figure(figsize=(10 + wide, height), layout="constrained")
-        ratios = [5.4, 1, 1, 1, *([wide / 1.2] if space else [])]
-        grid = figure.add_gridspec(rows, len(ratios), width_ratios=ratios)
+        figure, grid, space, rows = _frame(many, more=0.3)
         for i in range(rows):
             fan = figure.add_subplot(grid[i, 0])
             _fan(fan, many, i, last=i == rows - 1)

@@ -35,16 +35,9 @@ _STYLE: Any = {
 def draw(found: Ensemble, path: Path) -> Path:
     """Draws a simulation as a PNG, and returns its path."""
     import matplotlib
-    from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_STYLE):
-        space = _space(found)
-        rows = min(SHOWN if space != "outline" else 4, len(found.names))
-        height = max(1.9 * rows + 0.6, 4.4 if space else 3.6)
-        wide = min(max(0.8 * height, 4.0), 7.5) if space else 0.0
-        figure = Figure(figsize=(10 + wide, height), layout="constrained")
-        ratios = [5.4, 1, 1, 1, *([wide / 1.2] if space else [])]
-        grid = figure.add_gridspec(rows, len(ratios), width_ratios=ratios)
+        figure, grid, space, rows = _frame(found)
         laws = _stationary(found)
         for i in range(rows):
             fan = figure.add_subplot(grid[i, 0])
@@ -64,6 +57,19 @@ def draw(found: Ensemble, path: Path) -> Path:
         with files.whole(path) as draft:
             figure.savefig(draft, format="png", dpi=130)
     return path
+
+
+def _frame(found: Ensemble, more: float = 0.0) -> tuple[Figure, Any, str, int]:
+    """A figure, `more` inches higher; its cells; where states are shown as they lie; its rows."""
+    from matplotlib.figure import Figure
+
+    space = _space(found)
+    rows = min(SHOWN if space != "outline" else 4, len(found.names))
+    height = max(1.9 * rows + 0.6, 4.4 if space else 3.6) + more
+    wide = min(max(0.8 * height, 4.0), 7.5) if space else 0.0
+    figure = Figure(figsize=(10 + wide, height), layout="constrained")
+    ratios = [5.4, 1, 1, 1, *([wide / 1.2] if space else [])]
+    return figure, figure.add_gridspec(rows, len(ratios), width_ratios=ratios), space, rows
 
 
 def _space(found: Ensemble) -> str:

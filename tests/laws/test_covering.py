@@ -16,22 +16,7 @@ from kakusan.processes.zoo.biology import FitzHughNagumo
 from kakusan.processes.zoo.gaussian import Brownian, CriticallyDamped, OrnsteinUhlenbeck
 from kakusan.processes.zoo.mechanics import DoubleWell, Underdamped
 from kakusan.solvers.gaussian import EulerSteps, GaussianSteps
-from problems import F64
-
-
-class Curved(SDE):
-    """A drift that turns in time and a dense G that depends on the state."""
-
-    def drift(self, x, t):
-        return -x + 0.8 * torch.sin(2 * x.flip(1)) * (1 + t.reshape(-1, 1))
-
-    def diffusion(self, x, t):
-        a, b = torch.sin(1.5 * x[:, 0] + x[:, 1]), torch.cos(x[:, 0] - x[:, 1])
-        rows = [
-            torch.stack([1 + 0.4 * a, 0.3 * b], 1),
-            torch.stack([0.2 * a * b, 0.9 - 0.3 * b], 1),
-        ]
-        return Dense(torch.stack(rows, 1))
+from problems import F64, Curved, Wide
 
 
 class Narrow(Curved):
@@ -40,13 +25,6 @@ class Narrow(Curved):
     def diffusion(self, x, t):
         angle = torch.sin(x[:, 0]) + 0.5 * x[:, 1]
         return Dense(torch.stack([angle.cos(), angle.sin()], 1).unsqueeze(-1))
-
-
-class Wide(Curved):
-    """Three noises for two coordinates."""
-
-    def diffusion(self, x, t):
-        return Dense(torch.cat([super().diffusion(x, t).G, 0.3 * torch.cos(x).unsqueeze(-1)], -1))
 
 
 KINETIC = Underdamped(lambda q: ((q**2 - 1) ** 2).sum(1), 1.0, 0.5)

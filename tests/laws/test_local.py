@@ -25,32 +25,9 @@ from kakusan.core import grids
 from kakusan.objectives.local import Local, Skorokhod, Variation, _inverse, reached
 from kakusan.objectives.steps import times
 from kakusan.processes.zoo.mechanics import DoubleWell, Underdamped
-from problems import F64, Reversible
+from problems import F64, Curved, Reversible, Wide
 
 STEPS = 8
-
-
-class Curved(SDE):
-    """A drift that turns in time and a dense G that depends on the state."""
-
-    def drift(self, x, t):
-        return -x + 0.8 * torch.sin(2 * x.flip(1)) * (1 + t.reshape(-1, 1))
-
-    def diffusion(self, x, t):
-        a, b = torch.sin(1.5 * x[:, 0] + x[:, 1]), torch.cos(x[:, 0] - x[:, 1])
-        rows = [
-            torch.stack([1 + 0.4 * a, 0.3 * b], 1),
-            torch.stack([0.2 * a * b, 0.9 - 0.3 * b], 1),
-        ]
-        return Dense(torch.stack(rows, 1))
-
-
-class Wide(Curved):
-    """Three noises for two coordinates: G is not square."""
-
-    def diffusion(self, x, t):
-        extra = 0.3 * torch.cos(x).unsqueeze(-1)
-        return Dense(torch.cat([super().diffusion(x, t).G, extra], -1))
 
 
 class Curl(SDE):

@@ -441,7 +441,7 @@ def test_single_precision_stays_single():
 
 
 def test_laws_are_remembered_within_bounds(monkeypatch):
-    monkeypatch.setattr("kakusan.inference.conditioning.linear.KEPT", 100)
+    monkeypatch.setattr("kakusan.inference.conditioning.views.KEPT", 100)
     one, x = LinearTilt.exact(Brownian(), Terminal()), states()
     y = torch.zeros_like(x)
     with torch.inference_mode():

@@ -47,9 +47,10 @@ from torch.func import jvp
 
 from kakusan.core.operators import NotElliptic
 from kakusan.core.types import State, Time, as_time
-from kakusan.inference.conditioning.linear import scaled_root, where_next
+from kakusan.inference.conditioning.linear import where_next
 from kakusan.inference.conditioning.reach import Reach, Rows
 from kakusan.inference.conditioning.tilts import Tilt
+from kakusan.inference.conditioning.views import scaled_root
 from kakusan.processes.observations import Linear, Observation
 from kakusan.processes.sde import SDE
 from kakusan.processes.transforms import ito

@@ -11,11 +11,7 @@ so that what is seen of it, Y = H X_T + std eps, is normal too, and so is h:
           \nabla \log h = E_\tau^\top H^\top S^{-1} (y - H (E_\tau x + c_\tau)), \quad
           S = H Q_\tau H^\top + std^2 .
 
-Observations at several times are jointly normal. As seen from the next of them, at t_1, they are
-N z + noise of a covariance S_1, with z = (X, 1) at t_1; as seen from t < t_1 they are N E z with
-the covariance N Q Nᵀ + S_1, by the kernel from t to t_1. One rule carries what will be seen back
-from the last time to the first, and from there to any time between; z holds a constant, so that
-one exponential gives E and c together.
+Observations at several times are jointly normal; `views` carries them back in time.
 
 Where the process is itself linear this is exact. Otherwise it is the guided proposal of Schauer,
 van der Meulen and van Zanten: the tilt of a linear process that resembles it, which ends where it
@@ -36,19 +32,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kakusan.core.operators import NotElliptic
 from kakusan.core.types import State, Time, as_time
 from kakusan.errors import KakusanError
 from kakusan.inference.conditioning.reach import Reach, Rows
 from kakusan.inference.conditioning.tilts import Tilt
+from kakusan.inference.conditioning.views import Ahead, Law, Seen
 from kakusan.processes.observations import Linear, Observation
 from kakusan.processes.sde import SDE
 from kakusan.processes.transforms import ito
 from kakusan.processes.zoo.gaussian import Brownian, CriticallyDamped, OrnsteinUhlenbeck
-from kakusan.processes.zoo.laws import linear_kernel, linear_series
 from kakusan.processes.zoo.parameters import Given, Value, common_size, parameter, square
-
-KEPT = 1 << 24  # numbers of matrices that are remembered: 128 MiB
 
 
 class LinearTilt(Tilt):
@@ -264,133 +257,6 @@ def _misfit(name: str, c: Tensor, x: State) -> KakusanError:
         f"{x[0].numel()} numbers: give one number, one for each coordinate, or a matrix with a "
         "row for each"
     )
-
-
-# --- what will be seen, carried back in time
-
-
-class Seen(NamedTuple):
-    """One observation: at the time t, H x + std eps; `columns` says which numbers of y it is."""
-
-    t: float
-    H: Tensor
-    std: float
-    columns: Tensor
-
-
-class View(NamedTuple):
-    """What will be seen, given z = (x, unit) now: N z with noise of covariance S.
-
-    Attributes:
-        N: (..., K, d + 1).
-        S: (..., K, K).
-    """
-
-    N: Tensor
-    S: Tensor
-
-    def before(self, E: Tensor, Q: Tensor) -> View:
-        """As seen a time earlier, by the factor and the covariance of that time."""
-        return View(self.N @ E, self.N @ Q @ self.N.mT + self.S)
-
-    def beside(self, H: Tensor, std: float) -> View:
-        """With an observation now in front of the others."""
-        H = torch.nn.functional.pad(H, (0, 1))
-        noise = std**2 * torch.eye(len(H), dtype=H.dtype)
-        return View(torch.cat([H, self.N]), torch.block_diag(noise, self.S))
-
-
-class Law(NamedTuple):
-    """The normal law of what will be seen, at U times.
-
-    Attributes:
-        N: (U, K, d + 1), the mean is N z.
-        gain: (U, K, d), S⁻¹ of the part of N that acts on x.
-        root: (U, K, K), the triangular L with L Lᵀ = S.
-    """
-
-    N: Tensor
-    gain: Tensor
-    root: Tensor
-
-    def log_density(self, away: Tensor) -> Tensor:
-        """Log N(away; 0, S) for (U, n, K), with the shape (U, n, 1)."""
-        u = torch.linalg.solve_triangular(self.root, away.mT, upper=False)
-        scale = self.root.diagonal(dim1=-2, dim2=-1).log().sum(-1)[:, None]
-        constant = 0.5 * away.shape[-1] * math.log(2 * math.pi)
-        return (-0.5 * u.square().sum(-2) - scale - constant).unsqueeze(-1)
-
-
-class Ahead:
-    """All that will be seen of dX = (B X + beta) dt + noise with GGᵀ = D, from any time.
-
-    Arguments:
-        B: (d, d), in time that runs forwards.
-        beta: (d,).
-        D: (d, d).
-        seen: What is seen, in the order in which it is; `direct` where noise reaches it at once.
-        device: Where laws are wanted; they are computed on the CPU.
-    """
-
-    def __init__(
-        self, B: Tensor, beta: Tensor, D: Tensor, seen: Sequence[Seen], device: torch.device
-    ) -> None:
-        self.times, self.device = [one.t for one in seen], device
-        # z holds a number of the size of the state, or the exponential would count time by beta
-        size = B.abs().sum(1).max().item() or 1.0
-        self.unit = beta.abs().max().item() / size or 1.0
-        pad = torch.nn.functional.pad
-        A = pad(torch.cat([B, beta[:, None] / self.unit], 1), (0, 0, 0, 1))
-        self.series = linear_series(A, pad(D, (0, 1, 0, 1)))
-        view, later, views, columns = View(A[:0], A.new_zeros(0, 0)), seen[-1].t, [], []
-        for one in reversed(seen):
-            gap = torch.tensor(abs(later - one.t), dtype=torch.float64)
-            view = view.before(*linear_kernel(self.series, gap)).beside(one.H, one.std)
-            columns.append(torch.cat([one.columns, *columns[-1:]]))
-            views.append(view)
-            later = one.t
-        self.direct = [bool(scaled_root(one.H @ D @ one.H.mT)[1]) for one in seen]
-        self.views, self.columns = views[::-1], [c.to(device) for c in columns[::-1]]
-        self._laws: dict[tuple[int, tuple[float, ...]], Law] = {}
-        self._numbers = 0
-
-    def law(self, i: int, times: tuple[float, ...]) -> Law:
-        """The law of the observations from the i-th on, at some times before it."""
-        if (i, times) not in self._laws:
-            with torch.inference_mode(False), torch.no_grad():
-                law = Law(*(part.to(self.device) for part in self._law(i, times)))
-            self._numbers += sum(part.numel() for part in law)
-            while self._laws and self._numbers > KEPT:
-                oldest = self._laws.pop(next(iter(self._laws)))
-                self._numbers -= sum(part.numel() for part in oldest)
-            self._laws[i, times] = law
-        return self._laws[i, times]
-
-    def _law(self, i: int, times: tuple[float, ...]) -> Law:
-        left = (self.times[i] - torch.tensor(times, dtype=torch.float64)).abs()
-        N, S = self.views[i].before(*linear_kernel(self.series, left))
-        L, regular = scaled_root(S)
-        if not regular.all():
-            at = times[int(regular.int().argmin())]
-            raise NotElliptic(
-                f"the noise of the linear process does not reach all {len(S[0])} numbers that are "
-                f"seen after t={at:g} (their covariance is singular): observe less, or with a "
-                "noise std > 0, or make the process linear at another state"
-            )
-        return Law(N, torch.cholesky_solve(N[..., :-1], L), L)
-
-
-def scaled_root(S: Tensor) -> tuple[Tensor, Tensor]:
-    """The Cholesky factor of covariances (..., K, K), and which of them have an inverse, (...).
-
-    They are judged as correlations, so that units and short times do not count.
-    """
-    scale = S.diagonal(dim1=-2, dim2=-1).sqrt()
-    units = scale.unsqueeze(-1) * scale.unsqueeze(-2)
-    L, info = torch.linalg.cholesky_ex(S / torch.where(units > 0, units, 1.0))
-    least = L.diagonal(dim1=-2, dim2=-1).amin(-1) ** 2
-    rounding = 100 * S.shape[-1] * torch.finfo(S.dtype).eps
-    return scale.unsqueeze(-1) * L, (info == 0) & (least > rounding)
 
 
 # --- many times at once

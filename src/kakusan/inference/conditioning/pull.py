@@ -28,8 +28,9 @@ from torch import Tensor
 
 from kakusan.core.operators import NotElliptic, Operator
 from kakusan.core.types import State, Time, per_sample
-from kakusan.inference.conditioning.linear import scaled_root, where_next
+from kakusan.inference.conditioning.linear import where_next
 from kakusan.inference.conditioning.tilts import Tilt
+from kakusan.inference.conditioning.views import scaled_root
 from kakusan.processes.observations import Linear, Observation, Terminal
 from kakusan.processes.sde import SDE
 from kakusan.processes.transforms import ito
