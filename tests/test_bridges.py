@@ -240,6 +240,38 @@ def test_what_is_refused():
         learn_bridge(kk.Brownian(), torch.ones(1), Series({2.0: Terminal()}))
     with pytest.raises(kk.KakusanError, match="iterations must be at least 1"):
         learn_bridge(kk.Brownian(), torch.ones(1), iterations=0)
+    silent = kk.SDE.of(lambda x, t: -x, lambda x, t: kk.Diagonal(0 * x))
+    with pytest.raises(kk.KakusanError, match="has none"):
+        learn_bridge(silent, torch.ones(1))
+    with pytest.raises(kk.KakusanError, match="this one is not"):
+        learn_bridge(kk.Brownian(), torch.ones(1), Measured(lambda x: x**2))
+    with pytest.raises(kk.KakusanError, match="booleans"):
+        learn_bridge(kk.Brownian(), torch.ones(1), Event(lambda x: x[:, 0]))
+
+
+@pytest.mark.parametrize(
+    ("words", "ask"),
+    [
+        (r"states are \(B, 1\), got \(1,\)", lambda b, x: b.score(x, 0.0, 0.0)),
+        (r"from 0 to before 1", lambda b, x: b.score(x[None], 1.0, 0.0)),
+        (r"from 0 to before 1", lambda b, x: b.control(x[None], -0.5, 0.0)),
+        ("states must be finite", lambda b, x: b.score(x[None] * math.nan, 0.0, 0.0)),
+        ("the start must be finite", lambda b, x: b.sample(x * math.nan, 0.0)),
+        ("a number, or 1 in a list, got 'a'", lambda b, x: b.sample(x, "a")),
+        ("n must be a whole number of at least 1, got 0", lambda b, x: b.sample(x, 0.0, n=0)),
+        ("got 'pinned'", lambda b, x: b.sample(x, 0.0, end="pinned")),
+        (r"one state of shape \(1,\), got", lambda b, x: b.measured_score(x[None], 0.0, 0.0)),
+    ],
+    ids=range(9),
+)
+def test_what_a_bridge_refuses(well, words, ask):
+    with pytest.raises(kk.KakusanError, match=words):
+        ask(well, torch.ones(1, dtype=torch.float64))
+
+
+def test_one_path_says_nothing_of_its_error(well):
+    one = well.sample(torch.ones(1, dtype=torch.float64), -1.0, n=1)
+    assert one.expectation(lambda x: x[10, :, 0]).std_error == math.inf
 
 
 def test_noise_after_an_observation_says_nothing_of_it():

@@ -193,7 +193,7 @@ def test_missing_and_damaged_things_are_named(kakusan, trained, tmp_path):
             "model cannot change when a run resumes",
         ),
         (("sample", trained, "--out", "x.doc"), "written as .png, .npz, not x.doc"),
-        (("sample", trained, "-n", 0), "must be at least 1, got 0, 256"),
+        (("sample", trained, "-n", 0), "n must be at least 1, got 0"),
         (("sample", trained, "--steps", -1), "must be at least 1, got 64, 256, -1"),
         (
             ("sample", trained, "--noise", 2),

@@ -296,7 +296,7 @@ def test_mistakes_are_sentences(kakusan, trained, birds, tmp_path):
         (("--measure", "downsample:3"), "8x8 pixels do not come apart so for K=3"),
         (("--measure", "project:64"), "takes 1 to 63 directions of 64 numbers, got 64"),
         ((*mask, "--row", 999), "there is no row 999: held-out data end at row 269"),
-        ((*mask, "--row", -1), "there is no row -1"),
+        ((*mask, "--row", -1), "rows are counted from 0, got -1"),
         ((*mask, "--image", "small.png"), "small.png is 5x8 pixels, and this model draws 8x8"),
         ((*mask, "--by", "magic"), "no guidance named 'magic'; known are pigdm"),
         ((*mask, "--label", "11"), "no class '11'"),

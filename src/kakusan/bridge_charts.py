@@ -107,9 +107,9 @@ def weighted_quantiles(x: Tensor, log_w: Tensor, levels: Sequence[float]) -> Ten
 def _title(found: Bridged, rows: int) -> str:
     free, more = found.free, len(found.names) - rows
     luck = (
-        f"{free.x.shape[1]:,} of {free.of:,} free paths came {found.nearness}"
+        f"{free.near:,} of {free.of:,} free paths came {found.nearness}"
         if free.enough
-        else f"of {free.of:,} free paths {free.x.shape[1] or 'none'} came near"
+        else f"of {free.of:,} free paths {free.near or 'none'} came near"
         f"{'' if found.request.event else f' (within {NEAR:g} standard deviations)'}"
     )
     given = f"{found.title}:  {found.request.n:,} paths given {found.posed.words}"

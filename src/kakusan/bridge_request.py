@@ -18,11 +18,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kakusan.bridges.walks import grid_of, seen, walked
+from kakusan.bridges.walks import grid_of, seen, still, walked
 from kakusan.core import grids
 from kakusan.core.noise import Fresh, generator, mix
 from kakusan.core.types import State
 from kakusan.errors import UsageError
+from kakusan.inference.conditioning.finish import settled
 from kakusan.launch import chosen, starts_of
 from kakusan.processes.observations import Coordinates, Event, Observation, Series, Terminal
 from kakusan.processes.sde import SDE
@@ -274,7 +275,7 @@ def pose(sde: SDE, request: Request) -> Posed:
     t0, t1 = float(sde.span[0]), question.until
     at = torch.tensor([t0, t1], dtype=torch.float64)
     chosen(sde, "euler-maruyama", starts, at, request.seed)  # refuses what cannot step
-    if sde.diffusion(starts[:1], at[0]).deterministic:
+    if still(sde.diffusion(starts[:1], at[0]), starts[:1]):
         raise UsageError(
             "this process has no noise, so where it ends is a function of where it starts: "
             "only an SDE has bridges"
@@ -288,7 +289,9 @@ def pose(sde: SDE, request: Request) -> Posed:
 
 def _check_inside(steps: EulerSteps, question: Question, y: Tensor, x: Tensor) -> None:
     for t, part, own in question.observe.parts(steps.grid[-1].item()):
-        if isinstance(part, Terminal) and not steps.inside(y[:, own].view_as(x[:1])).all():
+        if not isinstance(part, Terminal | Coordinates) or part.std:
+            continue
+        if not steps.inside(settled(x[:1], part, y[:, own])).all():
             raise UsageError(
                 f"{y[0, own].tolist()[:6]}, to be reached at t={t:g}, is outside the domain "
                 f"{steps.sde.domain}"

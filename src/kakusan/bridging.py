@@ -65,11 +65,13 @@ class Free(NamedTuple):
 
     Attributes:
         x: Their states, (N + 1, m, *shape), the nearest first.
-        within: How near the farthest of them is, in standard deviations.
+        near: How many came so near.
+        within: How near that is, in standard deviations.
         of: How many free paths there were.
     """
 
     x: Tensor
+    near: int
     within: float
     of: int
 
@@ -125,6 +127,14 @@ class Bridged:
         return log_mean_exp(self.paths.log_weights)
 
     @property
+    def free_log_density(self) -> float | None:
+        """Log p(y | start) by the share of free paths that came near; None without enough."""
+        if not self.free.enough or self.request.std:
+            return None
+        wide = 1.0 if self.request.event else 2 * self.free.within * self.trial.scale
+        return math.log(self.free.near / self.free.of) - torch.as_tensor(wide).log().sum().item()
+
+    @property
     def missed(self) -> float | None:
         """How far the worst path is from what was seen; None where that has noise."""
         return None if self.request.std or self.request.event else self.paths.missed.max().item()
@@ -176,7 +186,8 @@ class Bridged:
             "trial": {"near": self.trial.near, "of": self.trial.of}, "missed": self.missed,
             "ess": self.paths.ess, "ess_share": self.share,
             "log_p": self.log_density._asdict(),
-            "free": {"near": free.x.shape[1], "of": free.of, "within": free.within},
+            "free": {"near": free.near, "of": free.of, "within": free.within,
+                     "log_p": self.free_log_density},
             "middle": {"t": self.paths.t[len(self.paths.t) // 2].item(), "rows": self.middle},
             "seconds": self.seconds,
         }  # fmt: skip
@@ -257,7 +268,7 @@ def _rejected(posed: Posed, scale: Tensor, quiet: bool) -> Free:
                 path, y = posed.free(chunk, first + done // chunk)
             except KakusanError as error:
                 warnings.warn(f"no rejection sample beside: {error}", stacklevel=3)
-                return Free(x[:, :0], math.inf, done)
+                return Free(x[:, :0], 0, math.inf, done)
             away, done = _away(posed, y, scale), done + chunk
             hit = away <= NEAR
             count += int(hit.sum())
@@ -265,7 +276,8 @@ def _rejected(posed: Posed, scale: Tensor, quiet: bool) -> Free:
             nearest = far.argsort()[:MOST]
             x, far = x[:, nearest], far[nearest]
             advance(min(done, MANY), f"{count:,} came near")
-    return Free(x, far[-1].item() if len(far) else math.inf, done)
+    near = count if isinstance(posed.observe, Event) else len(far)
+    return Free(x, near, far[-1].item() if len(far) else math.inf, done)
 
 
 def _decided(request: Request, posed: Posed, trial: Trial, say: Callable[[str], None]) -> bool:
@@ -300,7 +312,7 @@ def _tilt(
     if tilt is not None and then:
         bridge, why = _kept(tilt, then, about, request, posed)
         if bridge is not None:
-            say(f"reusing {tilt}, {_learned(bridge)}")
+            say(f"reusing {tilt}, {_learned(bridge)} (--fresh learns it anew)")
             return bridge, True
         say(f"{tilt} {why}: learning anew")
     bridge = learn_bridge(
@@ -314,7 +326,9 @@ def _tilt(
 
 def _learned(bridge: Bridge) -> str:
     r = bridge.report
-    return f"learned in {r.seconds:.0f} s" if r is not None else "learned before"
+    if r is None:
+        return "learned before"
+    return f"learned in {r.seconds:.0f} s, {r.iterations:,} iterations"
 
 
 def _about(title: str, posed: Posed, guided: bool) -> dict[str, Any]:

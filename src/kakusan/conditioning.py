@@ -155,6 +155,8 @@ def condition(
     if isinstance(how, (Learned, LearnedCondition)):
         return _learned(model, Given(observation, rows, draw), how, label, quiet)
     how = how or _default(observation, rows[:1], like)
+    if not isinstance(how, (Guidance, Twisted)):
+        raise UsageError(f"how is a guidance, as PiGDM() or Twisted(), got {how!r}")
     how.check(observation)  # before the work
     asked = Given(observation, rows, draw)
     with progress("condition", n, quiet=quiet) as advance:
@@ -164,9 +166,13 @@ def condition(
 
 
 def _rows(observation: Observation, y: Any, states: State) -> Tensor:
-    """The values (n, k), of whole samples too."""
+    """The values (n, k), of whole samples too.
+
+    Where all numbers of a row are seen, y holds them in the order in which they are.
+    """
     shape = states.shape[1:]
-    if isinstance(observation, Coordinates) and isinstance(y, Tensor):
+    part = len(shape) > 1 or observation.size(states) < shape[0]
+    if isinstance(observation, Coordinates) and isinstance(y, Tensor) and part:
         if y.shape == shape or y.shape == (1, *shape) or y.shape == states.shape:
             y = observation.forward(y.reshape(-1, *shape))
     return observation.value(y, states)

@@ -50,12 +50,12 @@ def check(draw: Draw, labelled: bool, free: bool) -> None:
     """
     n, steps, noise, guidance, batch = draw.n, draw.steps, draw.noise, draw.guidance, draw.batch
     if min(n, batch, steps) < 1:
-        raise UsageError(f"n, batch and steps must be at least 1, got {n}, {batch}, {steps}")
-    if not 0 <= noise <= 1 or not 0 <= guidance < float("inf"):
-        raise UsageError(
-            f"noise must lie between 0 and 1 and guidance be at least 0, got {noise} and "
-            f"{guidance}"
-        )
+        name, value = min((("n", n), ("batch", batch), ("steps", steps)), key=lambda p: p[1])
+        raise UsageError(f"{name} must be at least 1, got {value}")
+    if not 0 <= noise <= 1:
+        raise UsageError(f"noise must lie between 0 and 1, got {noise}")
+    if not 0 <= guidance < float("inf"):
+        raise UsageError(f"guidance must be a number of at least 0, got {guidance}")
     if guidance != 1 and not labelled:
         raise UsageError(f"guidance {guidance} needs labels, and this model knows none")
     if guidance != 1 and not free:

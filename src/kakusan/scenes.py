@@ -63,8 +63,10 @@ def looked_at(model: DiffusionModel, row: int, image: Path | None) -> tuple[Tens
         )
     if image is not None:
         return _opened(model, image), str(image)
-    rows, name = model.rows(None, max(row + 1, 1))
-    if not 0 <= row < len(rows):
+    if row < 0:
+        raise UsageError(f"rows are counted from 0, got {row}")
+    rows, name = model.rows(None, row + 1)
+    if row >= len(rows):
         raise UsageError(f"there is no row {row}: {name} data end at row {len(rows) - 1}")
     return rows[row], f"row {row} of the {name} data"
 
@@ -157,7 +159,10 @@ def _mask_file(path: Path, shape: tuple[int, ...]) -> Tensor:
         )
     try:
         if path.suffix == ".npy":
-            hidden = torch.from_numpy(np.load(path, allow_pickle=False) != 0)
+            array = np.load(path, allow_pickle=False)
+            if array.dtype != bool and not np.isin(array, (0, 1)).all():
+                raise ValueError(f"a mask is true or false, 1 or 0, and this is {array.dtype}")
+            hidden = torch.from_numpy(array != 0)
         else:
             with Image.open(path) as image:
                 hidden = torch.from_numpy(np.asarray(image.convert("L")) > 127)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-import os
 import re
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -84,7 +84,9 @@ def bridge(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Learn anew, whatever the file holds.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Fixes training and every path.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Fixes every path, and the training of a new tilt.")
+    ] = 0,
     out: Out = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -194,9 +196,14 @@ def _at(word: str) -> tuple[float, tuple[float, ...]]:
 def _check_place(path: Path) -> None:
     """Refuses a place that cannot be written, before minutes of work."""
     folder = next(p for p in path.absolute().parents if p.exists())
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        where = "it is a folder" if path.is_dir() else f"{folder} is no folder to write to"
-        raise UsageError(f"cannot write {path}: {where}")
+    where = "it is a folder" if path.is_dir() else f"{folder} is no folder to write to"
+    try:
+        # only an attempt tells, for some users and some file systems
+        if not path.is_dir() and tempfile.TemporaryFile(dir=folder).close() is None:
+            return
+    except OSError:
+        pass
+    raise UsageError(f"cannot write {path}: {where}")
 
 
 # --- in words
@@ -232,8 +239,10 @@ def summary(found: Bridged) -> str:
 def _luck(found: Bridged) -> str:
     free = found.free
     if free.enough:
-        return f"{free.x.shape[1]:,} of {free.of:,} came {found.nearness} by themselves"
-    few, where = free.x.shape[1] or "none", "there" if found.request.event else "near"
+        log_p = found.free_log_density
+        like = "" if log_p is None else f": log p is about {log_p:.3g}"
+        return f"{free.near:,} of {free.of:,} came {found.nearness} by themselves{like}"
+    few, where = free.near or "none", "there" if found.request.event else "near"
     return f"{few} of {free.of:,} came {where} by themselves: too few to compare with"
 
 

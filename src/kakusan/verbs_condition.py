@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kakusan.errors import UsageError
-from kakusan.verbs import Json, Quiet, Run
+from kakusan.verbs import Json, Quiet, Run, _finite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -126,6 +126,8 @@ def condition(
     how = _guide(by, bool(event), particles, rehearse)
     scene = _scene(model, mask, measure, given, event, (row, image, seed), std, label)
     name = _name(mask or measure or given or [event or ""], image, row)
+    name += "" if label is None else f"-label{label}"
+    name += "" if std is None else f"-std{std:g}"
     place = out or run / "conditioned" / f"{name}-{by}-{seed}"
     places = _places(model, place)  # refused before the work
     options: dict[str, Any] = {"seed": seed, "batch": batch, "quiet": quiet or as_json}
@@ -137,7 +139,7 @@ def condition(
     made = _write(model, found, scene, places)
     if as_json:
         about = {"n": n, "seed": seed, "given": scene.words, **more, "how": found.how}
-        print(json.dumps({**about, **numbers, **made}))
+        print(json.dumps(_finite({**about, **numbers, **made}), allow_nan=False))
         return
     print(_summary(scene, found, numbers))
     for word, path in made.items():
@@ -188,7 +190,8 @@ def _which(asked: list[str], label: str | None) -> str:
         return ("--label goes with --mask, --measure, --given or --event here; kakusan sample RUN "
                 f"--label {label} draws a class alone")  # fmt: skip
     return (
-        "what was seen? --mask top hides a half of a picture, --given column=value fixes a column"
+        "what was seen? --mask top hides a half of a picture, --measure blur blurs it, --given "
+        "column=value fixes a column, --event 'ink>0.3' says what holds"
     )
 
 
@@ -249,7 +252,10 @@ def _summary(scene: Scene, found: ConditionedSamples, numbers: dict[str, float])
     missed = f"  missed    {numbers['missed']:.3g} from what was seen"
     if getattr(scene.observation, "std", None) == 0:
         missed += f"; {numbers['mended']:.3g} before it was put in"
-    lines += [missed, f"  spread    {numbers['spread']:.3g} of what was not seen"]
+    spread = (
+        f"{numbers['spread']:.3g} of what was not seen" if scene.open.any() else "all was seen"
+    )
+    lines += [missed, f"  spread    {spread}"]
     if "distance" in numbers:
         lines.append(f"  distance  {numbers['distance']:.3g} from the original where not seen; "
                      f"{numbers['distance_unseen']:.3g} of samples given nothing")  # fmt: skip

@@ -537,7 +537,7 @@ def test_refusals_say_what_to_do():
         LinearTilt.exact(Brownian([1.0, 0.0]), Terminal()).score(x, time(0.5), y)
     # one number too many, exactly and but for rounding
     planes = [Measured(randn(3, 2, seed=s) @ randn(2, 3, seed=100 + s)) for s in range(20)]
-    for twice in (Coordinates([0, 1, 0]), *planes):
+    for twice in planes:
         with pytest.raises(NotElliptic, match="reach all 3 numbers.*observe less"):
             LinearTilt.exact(Brownian(), twice).score(randn(2, 3), time(0.5), randn(2, 3))
 

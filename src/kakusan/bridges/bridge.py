@@ -66,14 +66,29 @@ class Bridge:
     report: Report | None = None
 
     def score(self, x: State, t: float | Time, y: Any) -> State:
-        """∇_x log p(Y = y | X_t = x), like x; t is () or (B,)."""
-        t = torch.as_tensor(t, dtype=torch.float64)
+        """∇_x log p(Y = y | X_t = x), like x; t is () or (B,), before the end."""
+        t = self._checked(x, t)
         return self.tilt.score(x, t, self.tilt.observation.value(y, x))
 
     def control(self, x: State, t: float | Time, y: Any) -> Tensor:
         """Gᵀ∇_x log p(Y = y | X_t = x), in units of the noise."""
-        t = torch.as_tensor(t, dtype=torch.float64)
+        t = self._checked(x, t)
         return self.tilt.control(x, t, self.tilt.observation.value(y, x))
+
+    def _checked(self, x: State, t: float | Time) -> Time:
+        """Times as a tensor; refuses what no tilt is known for."""
+        shape, t = self.tilt.net.shape, torch.as_tensor(t, dtype=torch.float64)
+        if x.ndim < 1 or tuple(x.shape[1:]) != shape:
+            raise KakusanError(f"states are (B, {', '.join(map(str, shape))}), got "
+                               f"{tuple(x.shape)}: x[None] makes one state a batch")  # fmt: skip
+        first, arrow = self.steps.grid[0].item(), self.steps.sde.direction
+        inside = ((t - first) * arrow >= 0) & ((self.tilt.end - t) * arrow > 0)
+        if not inside.all():
+            raise KakusanError(f"t={t.flatten().tolist()[:4]} is not within the times of this "
+                               f"bridge, from {first:g} to before {self.tilt.end:g}")  # fmt: skip
+        if not x.isfinite().all():
+            raise KakusanError("states must be finite")
+        return t
 
     def until(self, end: float) -> Bridge:
         """The bridge that ends earlier; learned with `horizons=True`."""
@@ -118,6 +133,10 @@ class Bridge:
             keep: Whether to keep all states or the last alone.
         """
         shape = self.tilt.net.shape
+        if not isinstance(n, int) or n < 1:
+            raise KakusanError(f"n must be a whole number of at least 1, got {n!r}")
+        if end is not None and not isinstance(end, End):
+            raise KakusanError(f"end is Pinned(), ModifiedBridge() or Free(), got {end!r}")
         x = torch.as_tensor(x0)
         x = x.expand(n, *shape) if tuple(x.shape) == shape else x
         if tuple(x.shape) != (n, *shape) or not x.is_floating_point():
@@ -125,6 +144,8 @@ class Bridge:
                 f"a start is a state of shape {shape}, or {n} of them, in floating point; got "
                 f"{x.dtype} of shape {tuple(x.shape)}"
             )
+        if not x.isfinite().all():
+            raise KakusanError("the start must be finite")
         if steps is not None:
             grid = grids.uniform(self.steps.grid[0].item(), self.steps.grid[-1].item(), steps)
         chain = self.steps if grid is None else self._along(grid)
@@ -169,6 +190,10 @@ class Bridge:
             tensor([3.], dtype=torch.float64)
         """
         grid, arrow = self.steps.grid, self.steps.sde.direction
+        x = torch.as_tensor(x, dtype=torch.float64)
+        if tuple(x.shape) != self.tilt.net.shape:
+            raise KakusanError(f"x is one state of shape {self.tilt.net.shape}, got "
+                               f"{tuple(x.shape)}")  # fmt: skip
         if not 0 < (self.tilt.end - t) * arrow <= abs(self.tilt.end - grid[0].item()):
             raise KakusanError(
                 f"t={t:g} is not a time of this bridge, from {grid[0]:g} to before "
@@ -177,7 +202,7 @@ class Bridge:
         later = grid[(grid - t) * arrow > 1e-9]
         grid = None if t == grid[0] else torch.cat([grid.new_tensor([t]), later])
         chain = self.steps if grid is None else self._along(grid)
-        paths = self.sample(x.double(), y, n, grid=grid, seed=seed)
+        paths = self.sample(x, y, n, grid=grid, seed=seed)
         last = placed(chain, self.tilt.observation)[0].at
         weights = (weights or Window()).chosen(chain, paths.path, last)
         S = weights(chain, paths.path, [0], last)[0]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kakusan.core import grids
 from kakusan.core.noise import Fresh, Noise, generator, mix
-from kakusan.core.operators import NotElliptic
+from kakusan.core.operators import NotElliptic, Operator
 from kakusan.core.types import State, per_sample
 from kakusan.errors import KakusanError
 from kakusan.inference.conditioning.ahead import Linearised
@@ -105,7 +105,7 @@ class Task(NamedTuple):
         """Checks, and the simplest choices; the weights are chosen by `_prepared`."""
         starts = states_of(start)
         x = starts(2, generator(seed, FIRST, 1))
-        if steps.operator(x, 0).deterministic:
+        if still(steps.operator(x, 0), x):
             raise KakusanError(
                 "a tilt moves an SDE by its noise, and this process has none: what it ends in is "
                 "a function of where it starts"
@@ -156,6 +156,12 @@ class Task(NamedTuple):
     def pull(self, last: int) -> Tilt:
         """The pull towards what is seen after so many steps."""
         return self.base if last == len(self.steps) else self.base.until(self.end(last))
+
+
+def still(G: Operator, x: State) -> bool:
+    """Whether there is no noise at all."""
+    probe = torch.arange(1.0, 1 + x.numel(), dtype=x.dtype, device=x.device).cos()
+    return G.deterministic or not bool(G.tmv(probe.reshape(x.shape)).any())
 
 
 def invertible(steps: GaussianSteps, start: Starts) -> bool:

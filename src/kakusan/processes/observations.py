@@ -68,7 +68,12 @@ class Observation(abc.ABC):
         """
         k, n = self.size(x), len(x)
         # a Python float must not pass through float32 on its way
-        given = (y if isinstance(y, Tensor) else torch.as_tensor(y, dtype=torch.float64)).to(x)
+        try:
+            given = (y if isinstance(y, Tensor) else torch.as_tensor(y, dtype=torch.float64)).to(x)
+        except (TypeError, ValueError, RuntimeError):
+            raise KakusanError(
+                f"a value to condition on is a number, or {k} in a list, got {y!r}"
+            ) from None
         rows = given.reshape(1, -1) if given.numel() == k else given
         if rows.ndim > 2 and rows[0].numel() == k:
             rows = rows.flatten(1)
@@ -155,6 +160,11 @@ class Coordinates(Linear):
 
     def __init__(self, at: Sequence[int] | Tensor, std: float = 0.0) -> None:
         given = torch.as_tensor(at)
+        if given.is_floating_point() and given.numel():
+            raise KakusanError(
+                f"Coordinates takes whole numbers, or a mask of booleans, got {given.dtype} of "
+                f"shape {tuple(given.shape)}"
+            )
         self.mask = given if given.dtype == torch.bool else None
         self.at = (
             given.flatten().nonzero().flatten() if given.dtype == torch.bool else given.long()
@@ -162,6 +172,8 @@ class Coordinates(Linear):
         self.std = _std(std)
         if self.at.ndim != 1 or not len(self.at):
             raise KakusanError("Coordinates sees at least one number of a state, and got none")
+        if len(self.at.unique()) != len(self.at):
+            raise KakusanError(f"Coordinates sees each number once, got {self.at.tolist()[:8]}")
 
     def _checked(self, x: State) -> Tensor:
         d = x[0].numel()
@@ -211,9 +223,14 @@ class Measured(Linear):
         self.H, self.std = H, _std(std)
         if isinstance(H, Tensor) and H.ndim != 2:
             raise KakusanError(f"H is a matrix (k, d), got shape {tuple(H.shape)}")
+        if isinstance(H, Tensor) and not H.isfinite().all():
+            raise KakusanError("H is a matrix of finite numbers, and this one holds others")
+        self._linear = isinstance(H, Tensor)
 
     def forward(self, x: State) -> Tensor:  # noqa: D102
         if not isinstance(self.H, Tensor):
+            if not self._linear and len(x):
+                self._check_linear(self.H, x)
             return self.H(x).flatten(1)
         if self.H.shape[1] != x[0].numel():
             raise KakusanError(
@@ -221,6 +238,19 @@ class Measured(Linear):
                 f"{tuple(x.shape[1:])} have {x[0].numel()} numbers"
             )
         return x.flatten(1) @ self.H.to(x).mT
+
+    def _check_linear(self, H: Callable[[State], Tensor], x: State) -> None:
+        """Refuses a function that is not linear, at the first states that it sees."""
+        with torch.no_grad():
+            i = torch.arange(1.0, 1 + x[0].numel(), dtype=x.dtype, device=x.device)
+            a, b = (v.reshape(1, *x.shape[1:]) for v in (i.sin(), -2 * i.cos()))
+            away = (H(a + b) - H(a) - H(b)).abs().max()
+        if not bool(away <= 1e-3 * (H(a).abs().max() + H(b).abs().max())):
+            raise KakusanError(
+                "H is a linear function of the state, and this one is not: H(a + b) is not "
+                "H(a) + H(b); Event and Label take any function"
+            )
+        self._linear = True
 
     def transpose(self, v: Tensor, x: State) -> State:  # noqa: D102
         if isinstance(self.H, Tensor):
@@ -250,7 +280,19 @@ class Event(Observation):
         self.holds = holds
 
     def draw(self, x: State, source: torch.Generator | None = None) -> Tensor:  # noqa: D102
-        return self.holds(x).reshape(len(x), 1).to(x.dtype)
+        holds = self.holds(x)
+        if holds.dtype != torch.bool or holds.numel() != len(x):
+            raise KakusanError(
+                f"an Event says of each state whether it holds, booleans ({len(x)},); got "
+                f"{holds.dtype} of shape {tuple(holds.shape)}"
+            )
+        return holds.reshape(len(x), 1).to(x.dtype)
+
+    def value(self, y: Any, x: State) -> Tensor:  # noqa: D102
+        rows = super().value(y, x)
+        if not bool(((rows == 0) | (rows == 1)).all()):
+            raise KakusanError(f"an Event holds (True) or does not (False), got {rows[0, 0]:g}")
+        return rows
 
     def log_likelihood(self, y: Tensor, x: State) -> Tensor:  # noqa: D102
         same = self.draw(x)[:, 0] == y[:, 0]

@@ -122,7 +122,7 @@ class Conditioned:
         Arguments:
             f: A function from the states that were kept, (N + 1, n, *shape), to (n, ...).
         """
-        values = f(self.x)
+        values = torch.as_tensor(f(self.x))
         if values.ndim < 1 or len(values) != len(self.log_weights):
             raise KakusanError(
                 f"f gives one value a path, ({len(self.log_weights)}, ...), got shape "
@@ -132,7 +132,9 @@ class Conditioned:
         w = w.reshape(-1, *(1,) * (values.ndim - 1))
         mean = (w * values.double()).sum(0)
         error = (w * (values.double() - mean)).square().sum(0).sqrt()
-        return Expectation(mean, error, self.ess)
+        # one path that counts says nothing of its error
+        more = (self.ess / (self.ess - 1)) ** 0.5 if self.ess > 1 + 1e-9 else math.inf
+        return Expectation(mean, error * more if more < math.inf else error + math.inf, self.ess)
 
     def resampled(self, seed: int = 0) -> Conditioned:
         """As many paths of equal weight, drawn from these by their weights (systematically)."""
