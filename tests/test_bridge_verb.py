@@ -29,6 +29,7 @@ from kakusan.processes.zoo import (
     OrnsteinUhlenbeck,
 )
 from kakusan.solvers.rosenbrock import RosenbrockSteps
+from kakusan.training.ema import Average
 
 MINE = """
 import torch
@@ -295,6 +296,24 @@ def test_files_hold_paths_and_weights(kakusan, tmp_path):
     import pyarrow.parquet
 
     assert len(pyarrow.parquet.read_table("b.parquet")) == 11 * 60
+
+
+def test_ctrl_c_keeps_what_was_learned(kakusan, monkeypatch):
+    words = ("double-well", "v=1", "--start", 1, "--end", -1, "--steps", 10, "-n", 60)
+    true, updates = Average.update, []
+
+    def impatient(self, model, k):
+        updates.append(k)
+        if len(updates) == 30:
+            raise KeyboardInterrupt
+        true(self, model, k)
+
+    monkeypatch.setattr(Average, "update", impatient)
+    code, out, err = kakusan(*words)
+    assert code == 130 and err.endswith("stopped by Ctrl-C\n")
+    assert "double-well.bridge.safetensors keeps what 29 iterations have taught" in out
+    code, out, _ = kakusan(*words)
+    assert code == 0 and "reusing double-well.bridge.safetensors, learned in" in out
 
 
 def test_a_tilt_is_reused_where_it_was_learned_for_the_same(kakusan, tmp_path):

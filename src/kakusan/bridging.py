@@ -38,6 +38,7 @@ from kakusan.processes.observations import Event
 from kakusan.processes.sde import SDE
 from kakusan.training import files
 from kakusan.training.progress import progress
+from kakusan.training.regress import Stopped
 
 NEAR = 0.25  # standard deviations
 TRIAL, FEW = 4_000, 20  # free paths that are tried, and how many must come near
@@ -315,10 +316,17 @@ def _tilt(
             say(f"reusing {tilt}, {_learned(bridge)} (--fresh learns it anew)")
             return bridge, True
         say(f"{tilt} {why}: learning anew")
-    bridge = learn_bridge(
-        posed.steps, posed.starts, posed.observe, posed.y if guided else None,
-        iterations=iterations, seed=request.seed, quiet=quiet,
-    )  # fmt: skip
+    try:
+        bridge = learn_bridge(
+            posed.steps, posed.starts, posed.observe, posed.y if guided else None,
+            iterations=iterations, seed=request.seed, quiet=quiet,
+        )  # fmt: skip
+    except Stopped as early:
+        if tilt is not None:
+            save_bridge(early.learned, tilt, {**about, "iterations": early.steps})
+            say(f"{tilt} keeps what {early.steps:,} iterations have taught: without --iterations, "
+                "the same command draws with it")  # fmt: skip
+        raise
     if tilt is not None:
         save_bridge(bridge, tilt, {**about, "iterations": iterations})
     return bridge, False
@@ -326,9 +334,7 @@ def _tilt(
 
 def _learned(bridge: Bridge) -> str:
     r = bridge.report
-    if r is None:
-        return "learned before"
-    return f"learned in {r.seconds:.0f} s, {r.iterations:,} iterations"
+    return f"learned in {r.seconds:.0f} s, {r.iterations:,} iterations" if r else "learned before"
 
 
 def _about(title: str, posed: Posed, guided: bool) -> dict[str, Any]:
@@ -385,21 +391,14 @@ def _kept(
 
 def _drawn(request: Request, posed: Posed, bridge: Bridge) -> Conditioned:
     """Paths with weights."""
-    x = posed.starts[torch.arange(request.n) % len(posed.starts)]
+    x, n = posed.starts[torch.arange(request.n) % len(posed.starts)], request.n
     with warnings.catch_warnings():
         # what free paths do is said in words of the command line
         warnings.filterwarnings("ignore", "the value ", UserWarning)
-        found = bridge.sample(
-            x,
-            posed.y,
-            n=request.n,
-            seed=request.seed,
-        )
+        found = bridge.sample(x, posed.y, n=n, seed=request.seed)
     if found.log_weights.max() == -math.inf:
-        raise KakusanError(
-            f"none of {request.n:,} paths ends with {posed.words}: take more --iterations, or "
-            "more paths"
-        )
+        raise KakusanError(f"none of {n:,} paths ends with {posed.words}: take more --iterations, "
+                           "or more paths")  # fmt: skip
     return found
 
 

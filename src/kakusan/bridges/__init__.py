@@ -59,7 +59,7 @@ from kakusan.processes.observations import Observation, Terminal
 from kakusan.processes.sde import SDE
 from kakusan.solvers.gaussian import EulerSteps, GaussianSteps
 from kakusan.training.ema import Average
-from kakusan.training.regress import regress, shuffled, strata
+from kakusan.training.regress import Stopped, regress, shuffled, strata
 
 # paths, times of each, visits of each time
 FREE, GUIDED, COVERED = (8192, 8, 1), (2048, 32, 2), (1024, 64, 2)
@@ -130,6 +130,7 @@ def learn_bridge(
     Raises:
         KakusanError: If starts or values do not fit, or paths or losses stop being finite.
         NotElliptic: If noise does not reach what is seen.
+        Stopped: On Ctrl-C while learning; its `learned` is the bridge so far.
 
     Example:
         >>> from kakusan.processes.zoo import DoubleWell
@@ -153,7 +154,11 @@ def learn_bridge(
         task, model, first = _prepared(task, weights, net, width, depth)
         average = Average(model, ema)
         shown = _Shown(task, average, first, times, visits, batch)
-        regress(model, average, iter(shown), _error, iterations, lr, "bridge", quiet)
+        stopped = None
+        try:
+            regress(model, average, iter(shown), _error, iterations, lr, "bridge", quiet)
+        except Stopped as early:
+            stopped, iterations = early, early.steps
         model = average.model
         explained = _trusted(task, model, times)
     report = Report(
@@ -161,7 +166,11 @@ def learn_bridge(
         time.perf_counter() - began,
     )  # fmt: skip
     tilt = task.tilt(model)
-    return Bridge(tilt, process, first.values(), ends is not None, horizons, report)
+    bridge = Bridge(tilt, process, first.values(), ends is not None, horizons, report)
+    if stopped is not None:
+        stopped.learned = bridge
+        raise stopped
+    return bridge
 
 
 def _check_counts(**counts: int) -> None:

@@ -18,6 +18,14 @@ B = TypeVar("B")
 P = TypeVar("P", bound=tuple)
 
 
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C after some steps; `learned` is what they gave, where that can be used."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__(f"stopped after {steps:,} steps")
+        self.steps, self.learned = steps, None
+
+
 def strata(n: int, times: int, source: torch.Generator) -> list[int]:
     """Steps among n, one random one in each of as many equal parts."""
     u = torch.rand(times, generator=source, dtype=torch.float64)
@@ -57,20 +65,26 @@ def regress(
 
     Raises:
         KakusanError: If the loss stops being finite.
+        Stopped: On Ctrl-C, after the first step.
     """
-    optimizer = torch.optim.Adam(model.parameters(), lr, fused=True)
-    with progress(label, iterations, quiet=quiet) as advance:
-        for k in range(iterations):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * k / iterations))
-            loss = error(model, next(batches))
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            average.update(model, k)
-            if k % 50 == 0 or k + 1 == iterations:
-                value = loss.item()
-                if not math.isfinite(value):
-                    raise KakusanError(f"the loss is {value} at step {k}; try a smaller lr")
-                advance(k + 1, f"loss {value:.4f}")
+    k, optimizer = 0, torch.optim.Adam(model.parameters(), lr, fused=True)
+    try:
+        with progress(label, iterations, quiet=quiet) as advance:
+            for k in range(iterations):
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * k / iterations))
+                loss = error(model, next(batches))
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                average.update(model, k)
+                if k % 50 == 0 or k + 1 == iterations:
+                    value = loss.item()
+                    if not math.isfinite(value):
+                        raise KakusanError(f"the loss is {value} at step {k}; try a smaller lr")
+                    advance(k + 1, f"loss {value:.4f}")
+    except KeyboardInterrupt:
+        if not k:
+            raise
+        raise Stopped(k) from None
