@@ -446,6 +446,7 @@ def test_mistakes(kakusan, tmp_path):
         (("double-well", "--at", "0.5=1", "--at", "0.5=2"), "--at says a time twice"),
         (("double-well", "--at", "0.5=1", "--until", 1), "nothing is seen after t=0.5"),
         (("double-well", "--end", 1, "-n", 0), "n must be at least 1"),
+        (("double-well", "--end", 1, "-n", 10**11), "so many states are 149,757 GiB, and"),
         (("double-well", "--end", 1, "-n", 1), "n must be at least 2"),
         (("double-well", "--end", 1, "--steps", 0), "steps must be at least 1"),
         (("double-well", "--end", 1, "--iterations", 0), "iterations must be at least 1"),
@@ -462,6 +463,7 @@ def test_failed_work_says_why(kakusan):
     for words, said in (
         (("ornstein-uhlenbeck", "--event", "x>9"), "none of 4,000 free paths ends with x > 9"),
         (("double-well", "--start", 1, "--end", 1, "--steps", 8), "smaller steps: more --steps"),
+        (("heston", "--end", "1,0.04"), "the second coordinate) at t="),
         (("fitzhugh-nagumo", "--end", "1,1", "--until", 0.1, "--steps", 1), "noise"),
     ):
         code, out, err = kakusan(*words, "--iterations", 2)

@@ -247,6 +247,13 @@ def test_what_is_refused():
         learn_bridge(kk.Brownian(), torch.ones(1), Measured(lambda x: x**2))
     with pytest.raises(kk.KakusanError, match="booleans"):
         learn_bridge(kk.Brownian(), torch.ones(1), Event(lambda x: x[:, 0]))
+    for ends in (None, 1.0):
+        with pytest.raises(kk.KakusanError, match="holds for none of .* observe a value instead"):
+            learn_bridge(kk.Brownian(), torch.ones(1), Event(lambda x: x[:, 0] > 99), ends)
+    with pytest.raises(kk.KakusanError, match="of an SDE and an Observation.*got None and"):
+        learn_bridge(None, torch.ones(1))
+    with pytest.raises(kk.KakusanError, match="got .*Brownian.* and 'x1'"):
+        learn_bridge(kk.Brownian(), torch.ones(1), "x1")
 
 
 @pytest.mark.parametrize(

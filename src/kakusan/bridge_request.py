@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import operator
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -274,6 +275,7 @@ def pose(sde: SDE, request: Request) -> Posed:
     question = asked(sde, starts, request)
     t0, t1 = float(sde.span[0]), question.until
     at = torch.tensor([t0, t1], dtype=torch.float64)
+    _check_room(request.n * (request.steps + 1) * starts[0].numel())
     chosen(sde, "euler-maruyama", starts, at, request.seed)  # refuses what cannot step
     if still(sde.diffusion(starts[:1], at[0]), starts[:1]):
         raise UsageError(
@@ -285,6 +287,15 @@ def pose(sde: SDE, request: Request) -> Posed:
     y = question.observe.value(question.y, starts[:1])
     _check_inside(steps, question, y, starts)
     return Posed(steps, starts, question.observe, y, question.words, request.seed)
+
+
+def _check_room(numbers: int) -> None:
+    """Refuses paths that fill the memory before the first is drawn."""
+    if numbers * 8 > (there := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
+        raise UsageError(
+            f"so many states are {numbers * 8 / 2**30:,.0f} GiB, and this machine has "
+            f"{there / 2**30:,.0f}: fewer -n, or fewer --steps"
+        )
 
 
 def _check_inside(steps: EulerSteps, question: Question, y: Tensor, x: Tensor) -> None:

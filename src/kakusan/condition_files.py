@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import safetensors
-import safetensors.torch
 import torch
 
 from kakusan.errors import KakusanError
@@ -62,9 +61,7 @@ def save_condition(
         "report": None if learned.report is None else learned.report._asdict(),
         "observation": repr(learned.observation), "about": about or {},
     }  # fmt: skip
-    own = {name: v.detach().cpu().contiguous() for name, v in tensors.items()}
-    with files.whole(Path(path)) as draft:
-        safetensors.torch.save_file(own, draft, {HEADER: json.dumps(header)})
+    files.write_tensors(Path(path), tensors, {HEADER: json.dumps(header)})
 
 
 def load_condition(

@@ -30,7 +30,6 @@ from pathlib import Path as File
 from typing import NamedTuple
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -357,9 +356,7 @@ def save_score(score: ScoreNet, path: str | File) -> None:
             "score.state_dict() and build the ScoreNet yourself"
         )
     header = {"shape": score.shape, "width": score.width, "depth": score.depth}
-    tensors = {k: v.detach().cpu().contiguous() for k, v in score.state_dict().items()}
-    with files.whole(File(path)) as draft:
-        safetensors.torch.save_file(tensors, draft, {"kakusan.ScoreNet": json.dumps(header)})
+    files.write_tensors(File(path), score.state_dict(), {"kakusan.ScoreNet": json.dumps(header)})
 
 
 def load_score(path: str | File) -> ScoreNet:

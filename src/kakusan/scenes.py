@@ -6,6 +6,7 @@ of the sample that was looked at.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -330,6 +331,9 @@ def _part(model: DiffusionModel, word: str) -> Callable[[Tensor], Tensor]:
             f"--event knows ink, left, right, top and bottom of pictures and x1, x2, ... of "
             f"points, and numbers; not {word!r} of {codec.kind}"
         ) from None
+    if not math.isfinite(value) or codec.kind == "images" and not 0 <= value <= 1:
+        goes = "ink goes from 0 (black) to 1 (white)" if math.isfinite(value) else "it is finite"
+        raise UsageError(f"--event compares with a number, and {goes}; got {word}")
     return lambda x: x.new_full((len(x),), value)
 
 

@@ -145,7 +145,8 @@ def _bridge(
         raise
     except KakusanError as error:
         # smaller steps are all that a bridge offers
-        said = re.sub(r", or [A-Z]\w+\(\) where .*$", ": more --steps", str(error))
+        said = re.sub(r"(; \w+\(\) or \w+\(\), |, or [A-Z]\w+\(\) )where .*$", ": more --steps",
+                      str(error))  # fmt: skip
         raise KakusanError(said) from error
     writers = {"arrays": bridging.write_arrays, "table": bridging.write_table,
                "picture": bridge_charts.draw}  # fmt: skip

@@ -205,6 +205,9 @@ def _guide(by: str, event: bool, particles: int, rehearse: int) -> Any:
 
     if by not in GUIDES:
         raise UsageError(f"no guidance named {by!r}; known are {', '.join(GUIDES)}")
+    if event and by not in ("twisted", "learned"):
+        raise UsageError(f"--by {by} follows what is linear in a sample, and an event is not: "
+                         "--by twisted or --by learned")  # fmt: skip
     if by == "learned":
         return Learned(paths=rehearse, particles=particles)
     if by == "twisted":

@@ -55,7 +55,7 @@ from kakusan.learn import Starts
 from kakusan.models.bridgenet import BridgeNet
 from kakusan.objectives.covering import Covering
 from kakusan.objectives.malliavin import PathWeight, Window
-from kakusan.processes.observations import Observation, Terminal
+from kakusan.processes.observations import Event, Observation, Terminal
 from kakusan.processes.sde import SDE
 from kakusan.solvers.gaussian import EulerSteps, GaussianSteps
 from kakusan.training.ema import Average
@@ -141,7 +141,10 @@ def learn_bridge(
     """
     began = time.perf_counter()
     _check_counts(steps=steps, iterations=iterations, batch=batch)
-    observe = observe or Terminal()
+    observe = Terminal() if observe is None else observe
+    if not isinstance(process, SDE | GaussianSteps) or not isinstance(observe, Observation):
+        raise KakusanError(f"a bridge is learned of an SDE and an Observation, as Terminal(); got "
+                           f"{process!r:.60} and {observe!r:.60}")  # fmt: skip
     if isinstance(process, SDE):
         process = EulerSteps(process, grid_of(process, observe, steps, grid))
     covered = isinstance(weights, Covering) or weights is None and not invertible(process, start)
@@ -200,6 +203,12 @@ def _prepared(
     whole = task._replace(horizons=False, paths=max(task.paths, many))
     walk = whole.walk(FIRST, task.base)
     path = walk.path
+    never = walk.y.max() == 0 if task.ends is None else walk.ess == 0
+    if isinstance(task.observe, Event) and never:
+        raise KakusanError(
+            f"{task.observe} holds for none of {len(walk.y):,} paths, and is learned from those "
+            "for which it does: observe a value instead"
+        )
     kind = weights or Window()
     try:
         chosen = kind.chosen(task.steps, path, walk.last)

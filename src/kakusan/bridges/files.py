@@ -14,7 +14,6 @@ from pathlib import Path as File
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -83,9 +82,7 @@ def save_bridge(bridge: Bridge, path: str | File, about: dict[str, Any] | None =
         "base": _base_words(tilt.base, tensors),
         "observe": _observation_words(tilt.observation, tensors, "H"), "about": about or {},
     }  # fmt: skip
-    own = {name: v.detach().cpu().contiguous() for name, v in tensors.items()}
-    with files.whole(File(path)) as draft:
-        safetensors.torch.save_file(own, draft, {HEADER: json.dumps(header)})
+    files.write_tensors(File(path), tensors, {HEADER: json.dumps(header)})
 
 
 def load_bridge(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -188,13 +189,15 @@ def seen(observe: Observation, path: Path, last: int, source: torch.Generator) -
 def flattened(log_w: Tensor) -> tuple[Tensor, float]:
     """Weights of mean 1 in each row, as unequal as they may be, and their effective share.
 
-    All are raised to one power in (0, 1] that leaves the rows `LEAST` of their paths.
+    All are raised to one power in (0, 1] that leaves the rows `LEAST` of their paths. The share
+    is zero where no path counts at all.
     """
 
     def share(power: float) -> float:
         w = (power * log_w).softmax(1)
         return (1 / w.square().sum(1) / log_w.shape[1]).median().item()
 
+    none = log_w.max() == -math.inf
     log_w = log_w.nan_to_num(neginf=-1e4)
     low, high, ess = 0.0, 1.0, share(1.0)
     if ess < LEAST:
@@ -202,7 +205,7 @@ def flattened(log_w: Tensor) -> tuple[Tensor, float]:
             middle = (low + high) / 2
             low, high = (middle, high) if share(middle) >= LEAST else (low, middle)
         high = low
-    return (high * log_w).softmax(1) * log_w.shape[1], ess
+    return (high * log_w).softmax(1) * log_w.shape[1], 0.0 if none else ess
 
 
 def walked(steps: GaussianSteps, x: State, noise: Noise) -> Path:

@@ -90,16 +90,23 @@ def write_table(path: Path, table: Any) -> Path:
     return path
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes tensors as safetensors, whole or not at all."""
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], header: dict[str, str] | None = None
+) -> None:
+    """Writes tensors as safetensors with words beside them, whole or not at all."""
     with whole(path) as draft:
-        save_tensors(draft, tensors)
+        save_tensors(draft, tensors, header)
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def save_tensors(
+    path: Path, tensors: dict[str, Tensor], header: dict[str, str] | None = None
+) -> None:
     """Writes tensors in place; for use inside `whole`."""
     own = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    safetensors.torch.save_file(own, path)
+    path.touch()
+    usual = path.stat().st_mode
+    safetensors.torch.save_file(own, path, header)
+    path.chmod(usual)  # the library's files are their owner's alone
 
 
 def read_json(path: Path) -> Any:

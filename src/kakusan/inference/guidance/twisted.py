@@ -219,8 +219,8 @@ class Tally:
         """What came of it."""
         if not log_w.max() > -math.inf:
             raise KakusanError(
-                f"none of {self.n} particles came to agree with {observation}: take more "
-                "particles, or more draws a twist"
+                f"none of {self.n} particles came to agree with {observation}: it may never "
+                "hold, or take more particles (and draws, of Twisted)"
             )
         self.ess.append(effective_sample_size(log_w))
         total = log_w.logsumexp(0)
