@@ -28,11 +28,14 @@ if TYPE_CHECKING:
 INK, PAPER, DATA, MODEL = "#222222", "#ffffff", "#9aa5b1", "#d1495b"
 
 
-def samples(x: Tensor, codec: Codec, path: Path, beside: Tensor | None = None) -> Path:
-    """Draws samples (n, *shape) in model units; vectors beside held-out data where given."""
+def samples(
+    x: Tensor, codec: Codec, path: Path, beside: Tensor | None = None, title: str = ""
+) -> Path:
+    """Draws samples (n, *shape) in model units; others than images beside data where given."""
     if isinstance(codec, ImageCodec):
         return _save_image(grid(pixels(x, codec)), path)
     figure = _panels(codec.decode(x), None if beside is None else codec.decode(beside))
+    figure.suptitle(title)
     return _save_figure(figure, path)
 
 
@@ -46,12 +49,15 @@ def trajectories(x: Tensor, codec: Codec, path: Path) -> Path:
     return _save_figure(_lines(x), path)
 
 
-def conditioned(x: Tensor, beside: tuple[Tensor, Tensor], codec: ImageCodec, path: Path) -> Path:
+def conditioned(
+    x: Tensor, beside: tuple[Tensor, Tensor], words: str, codec: ImageCodec, path: Path
+) -> Path:
     """Draws images given a part of one: the original, what was seen, the samples, their moments.
 
     Arguments:
         x: Samples, (n, *shape), in model units.
         beside: The original and what was seen of it, each (*shape).
+        words: What was seen.
         codec: That of the model.
         path: Where to.
     """
@@ -66,7 +72,7 @@ def conditioned(x: Tensor, beside: tuple[Tensor, Tensor], codec: ImageCodec, pat
         axes.set_title("standard deviation, white: 1" if title == "std" else title)
     axes = right.subplots()
     _show(axes, grid(pixels(x, codec)))
-    axes.set_title(f"{len(x)} samples given what was seen")
+    axes.set_title(f"{len(x)} samples given\n{words}")
     return _save_figure(figure, path)
 
 
@@ -205,7 +211,9 @@ def _marginal(axes: Axes, name: str, drawn: np.ndarray, data: np.ndarray | None)
         for k, (values, color, word) in enumerate(parts):
             share = [np.mean(values.astype(str) == level) for level in levels]
             axes.bar(np.arange(len(levels)) + 0.4 * k, share, 0.4, color=color, label=word)
-        axes.set_xticks(np.arange(len(levels)) + 0.2, levels, rotation=30, ha="right")
+        middle = np.arange(len(levels)) + 0.2 * (len(parts) - 1)
+        axes.set_xticks(middle, levels, rotation=30, ha="right")
+        axes.set_xlim(middle[0] - 0.8, middle[-1] + 0.8)
     axes.set(title=name, yticks=[])
     if name:
         axes.legend(frameon=False, fontsize=7)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import zlib
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kakusan.errors import UsageError
+from kakusan.errors import KakusanError, UsageError
 from kakusan.verbs import Json, Quiet, Run, _finite
 
 if TYPE_CHECKING:
@@ -300,14 +301,14 @@ def _write(
     from kakusan.training.data import ImageCodec
 
     numbers, picture = places
-    if isinstance(model.codec, ImageCodec):
-        if scene.original is not None and scene.seen is not None:
-            beside = (scene.original, scene.seen)
-            pictures.conditioned(found.samples, beside, model.codec, picture)
-        else:
-            pictures.samples(found.samples, model.codec, picture)
+    x, codec = found.samples, model.codec
+    if isinstance(codec, ImageCodec) and scene.original is not None and scene.seen is not None:
+        pictures.conditioned(x, (scene.original, scene.seen), scene.words, codec, picture)
     else:
-        pictures.samples(found.samples, model.codec, picture)
+        held = None
+        with contextlib.suppress(KakusanError):  # data that the run cannot find again
+            held = None if isinstance(codec, ImageCodec) else model.rows(None, 1000)[0]
+        pictures.samples(x, codec, picture, held, f"given {scene.words}")
     drawn = model.to_data(found.samples)
     if numbers.suffix == ".csv":
         files.write_table(numbers, drawn)
