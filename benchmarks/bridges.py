@@ -236,7 +236,7 @@ def linear(seeds, quick):
                 bridge = learn_bridge(
                     sde, start, observe, base=base, iterations=200 if quick else 2000, seed=seed
                 )
-                x = bridge.sample(start, y, 40_000, seed=seed).x[1:-1]
+                x = bridge.sample(start, y, 160_000, seed=seed).x[1:-1]
                 mean_, var_ = mean.reshape(len(t), -1), var.reshape(len(t), -1)
                 errors.append([
                     ((x.mean(1) - mean_).abs() / var_.max().sqrt()).max().item(),

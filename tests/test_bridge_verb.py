@@ -90,8 +90,9 @@ def test_numbers_are_those_of_the_closed_form():
     asked = Request(end=(0.5,), start=torch.ones(1, 1), n=2000, steps=20, iterations=60)
     found = bridged(OrnsteinUhlenbeck(), asked)
     log_p, mean, var = gaussian(1.0, 0.5, 20)
-    density, row = found.log_density, found.middle[0]
-    assert abs(density.value - log_p) < 5 * density.std_error < 0.3
+    for density in (found.log_density, found.free_log_density):
+        assert abs(density.value - log_p) < 5 * density.std_error < 0.3
+    row = found.middle[0]
     assert abs(row["mean"] - mean) < 5 * row["std_error"] < 0.2
     assert abs(row["std"] - var**0.5) < 5 * row["std"] / (2 * found.paths.ess) ** 0.5
     # the rejection sample: 1000 of 12,000, so near that its bias is below its error
@@ -107,7 +108,8 @@ def test_an_event_has_its_probability():
     found = bridged(OrnsteinUhlenbeck(), asked)
     var = sum((1 - 1 / 20) ** (2 * k) for k in range(20)) / 20
     p = math.erfc(1 / (2 * var) ** 0.5) / 2
-    assert abs(found.log_density.value - math.log(p)) < 5 * found.log_density.std_error < 0.4
+    for density in (found.log_density, found.free_log_density):
+        assert abs(density.value - math.log(p)) < 5 * density.std_error < 0.4
     assert (found.paths.log_weights[found.paths.missed > 0] == -math.inf).all()
     assert found.missed is None and (found.free.x[-1] > 1).all()
 

@@ -128,12 +128,14 @@ class Bridged:
         return log_mean_exp(self.paths.log_weights)
 
     @property
-    def free_log_density(self) -> float | None:
+    def free_log_density(self) -> LogMean | None:
         """Log p(y | start) by the share of free paths that came near; None without enough."""
         if not self.free.enough or self.request.std:
             return None
-        wide = 1.0 if self.request.event else 2 * self.free.within * self.trial.scale
-        return math.log(self.free.near / self.free.of) - torch.as_tensor(wide).log().sum().item()
+        near, within, of = self.free[1:]
+        wide = torch.ones(1) if self.request.event else 2 * within * self.trial.scale
+        value = math.log(near / of) - wide.log().sum().item()
+        return LogMean(value, (1 / near - 1 / of) ** 0.5)
 
     @property
     def missed(self) -> float | None:
@@ -181,14 +183,14 @@ class Bridged:
 
     def to_json(self) -> dict[str, Any]:
         """All that was found, as JSON can hold it."""
-        learned, free = self.bridge.report, self.free
+        learned, free, luck = self.bridge.report, self.free, self.free_log_density
         return self.about() | {
-            "learned": None if learned is None else learned._asdict(), "reused": self.reused,
+            "learned": learned and learned._asdict(), "reused": self.reused,
             "trial": {"near": self.trial.near, "of": self.trial.of}, "missed": self.missed,
             "ess": self.paths.ess, "ess_share": self.share,
             "log_p": self.log_density._asdict(),
             "free": {"near": free.near, "of": free.of, "within": free.within,
-                     "log_p": self.free_log_density},
+                     "log_p": luck and luck._asdict()},
             "middle": {"t": self.paths.t[len(self.paths.t) // 2].item(), "rows": self.middle},
             "seconds": self.seconds,
         }  # fmt: skip
@@ -313,7 +315,9 @@ def _tilt(
     if tilt is not None and then:
         bridge, why = _kept(tilt, then, about, request, posed)
         if bridge is not None:
-            say(f"reusing {tilt}, {_learned(bridge)} (--fresh learns it anew)")
+            r = bridge.report
+            when = f"in {r.seconds:.0f} s, {r.iterations:,} iterations" if r else "before"
+            say(f"reusing {tilt}, learned {when} (--fresh learns it anew)")
             return bridge, True
         say(f"{tilt} {why}: learning anew")
     try:
@@ -330,11 +334,6 @@ def _tilt(
     if tilt is not None:
         save_bridge(bridge, tilt, {**about, "iterations": iterations})
     return bridge, False
-
-
-def _learned(bridge: Bridge) -> str:
-    r = bridge.report
-    return f"learned in {r.seconds:.0f} s, {r.iterations:,} iterations" if r else "learned before"
 
 
 def _about(title: str, posed: Posed, guided: bool) -> dict[str, Any]:

@@ -241,7 +241,7 @@ def _luck(found: Bridged) -> str:
     free = found.free
     if free.enough:
         log_p = found.free_log_density
-        like = "" if log_p is None else f": log p is about {log_p:.3g}"
+        like = "" if log_p is None else f": log p is {log_p.value:.3f} ± {log_p.std_error:.2g}"
         return f"{free.near:,} of {free.of:,} came {found.nearness} by themselves{like}"
     few, where = free.near or "none", "there" if found.request.event else "near"
     return f"{few} of {free.of:,} came {where} by themselves: too few to compare with"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,8 @@ class Stopped(KeyboardInterrupt):
 
     def __init__(self, steps: int) -> None:
         super().__init__(f"stopped after {steps:,} steps")
-        self.steps, self.learned = steps, None
+        self.steps = steps
+        self.learned: Any = None
 
 
 def strata(n: int, times: int, source: torch.Generator) -> list[int]:
