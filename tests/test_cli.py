@@ -131,7 +131,8 @@ def test_folder_of_pictures_csv_npy_and_idx(kakusan, tmp_path):
         folder = tmp_path / "runs" / data.split(".")[0]
         assert code == 0 and str(folder.relative_to(tmp_path)) in text, err
         assert kakusan("sample", folder, "-n", 6, "--steps", 2, "--out", f"x.{out}")[0] == 0, data
-        code, text, err = kakusan("evaluate", folder, "--steps", 2, "-n", 14)
+        few = ("--steps", 2, "-n", 14, "--likelihoods", 4)
+        code, text, err = kakusan("evaluate", folder, *few)
         assert code == 0 and "sliced wasserstein" in text, err
     head, *body = (tmp_path / "x.csv").read_text().splitlines()
     assert head == '"height","count","kind"' and len(body) == 6

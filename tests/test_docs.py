@@ -14,6 +14,8 @@ import typer
 
 from kakusan import DiffusionModel, bridges, learn
 from kakusan.cli import app
+from kakusan.objectives.malliavin import Window
+from kakusan.solvers.rosenbrock import RosenbrockSteps
 from kakusan.training.config import configure
 
 ROOT = Path(__file__).parents[1]
@@ -132,11 +134,8 @@ def test_python_on_the_page_runs(page, run, tmp_path, monkeypatch):
     if not code:
         return
     fit, evaluate = DiffusionModel._fit, DiffusionModel.evaluate
-    learn_score, learn_bridge, sample = (
-        learn.learn_score,
-        bridges.learn_bridge,
-        bridges.Bridge.sample,
-    )
+    learn_score, learn_bridge = learn.learn_score, bridges.learn_bridge
+    sample, measured_score = bridges.Bridge.sample, bridges.Bridge.measured_score
 
     def small_fit(cls, config, *rest, **options):
         return fit(tiny(config), *rest, **options)
@@ -147,13 +146,22 @@ def test_python_on_the_page_runs(page, run, tmp_path, monkeypatch):
     def small_learn_score(*args, **options):
         return learn_score(*args, **{**options, "steps": 10, "iterations": 4, "paths": 64})
 
-    def small_learn_bridge(*args, **options):
-        return learn_bridge(*args, **{**options, "iterations": 2, "paths": 64, "times": 2})
+    def small_learn_bridge(process, *args, **options):
+        if isinstance(process, RosenbrockSteps):  # to choose a window takes many of its steps
+            options["weights"] = Window(0.05)
+        options |= {"iterations": 2, "paths": 64, "times": 2}
+        return learn_bridge(process, *args, **options)
 
     def small_sample(self, x0, y, n=50, **options):
         return sample(self, x0, y, min(n, 50), **options)
 
+    def small_measured_score(self, x, t, y, n=50, **options):
+        return measured_score(self, x, t, y, min(n, 50), **options, weights=Window(0.05))
+
     monkeypatch.setattr(learn, "learn_score", small_learn_score)
+    monkeypatch.setattr(bridges, "PILOT", 64)
+    monkeypatch.setattr(bridges, "PAIRS", 4)
+    monkeypatch.setattr(bridges.Bridge, "measured_score", small_measured_score)
     monkeypatch.setattr(bridges, "learn_bridge", small_learn_bridge)
     monkeypatch.setattr(bridges.Bridge, "sample", small_sample)
     monkeypatch.setattr(DiffusionModel, "_fit", classmethod(small_fit))
