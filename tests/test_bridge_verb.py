@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kakusan import KakusanError, UsageError, bridge_charts, bridging
+from kakusan import KakusanError, UsageError, bridge_charts, bridge_luck, bridging
 from kakusan.bridge_request import Request, inequality, pose
 from kakusan.bridges import learn_bridge
 from kakusan.bridges.files import about_bridge, load_bridge, save_bridge
@@ -53,7 +53,7 @@ def less(monkeypatch):
     """Fewer paths: weights make up for what is not learned."""
     small = functools.partial(learn_bridge, paths=256, times=8, batch=512)
     monkeypatch.setattr(bridging, "learn_bridge", small)
-    monkeypatch.setattr(bridging, "MANY", 12_000)
+    monkeypatch.setattr(bridge_luck, "MANY", 12_000)
 
 
 @pytest.fixture
@@ -96,11 +96,25 @@ def test_numbers_are_those_of_the_closed_form():
     assert abs(row["mean"] - mean) < 5 * row["std_error"] < 0.2
     assert abs(row["std"] - var**0.5) < 5 * row["std"] / (2 * found.paths.ess) ** 0.5
     # the rejection sample: 1000 of 12,000, so near that its bias is below its error
-    assert found.free.enough and found.free.x.shape[1] == bridging.MOST
+    assert found.free.enough and found.free.x.shape[1] == bridge_luck.MOST
     assert found.free.within < 0.1
     assert abs(row["free_mean"] - mean) < 5 * row["free_std_error"] + found.free.within**2
     assert abs(row["free_std"] - var**0.5) < 5 * row["free_std"] / 2000**0.5
     assert found.missed == 0 and not found.guided and found.share > 0.3
+
+
+def test_the_share_near_a_steep_place_tells_its_density():
+    """Of a density exp(a·u) in a box: the share alone would be 2.3 and 1.1 times too large."""
+    near, of, within, scale = 20_000, 10**6, 0.2, torch.tensor([1.0, 0.5], dtype=torch.float64)
+    w, b = within * scale, torch.tensor([2.4, -0.8], dtype=torch.float64)
+    u = torch.rand(near, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    at = (u * (2 * b).expm1() + 1).log() / (2 * b) > 0.5  # above the middle, by its inverse CDF
+    free = bridge_luck.Free(torch.zeros(1, near, 2), near, within, of, at.sum(0))
+    found = free.log_density(scale)
+    p = near / of / (2 * w * b.sinh() / b).prod().item()
+    assert abs(found.value - math.log(p)) < 4 * found.std_error < 0.1
+    assert free._replace(above=torch.tensor([near, 0])).log_density(scale) is None
+    assert free._replace(x=free.x[:, :29]).log_density(scale) is None
 
 
 def test_an_event_has_its_probability():
@@ -143,7 +157,7 @@ def test_paths_that_never_come_are_drawn_there():
     asked = Request(end=(-1.0,), start=torch.ones(1, 1), n=200, steps=100, iterations=30)
     found = bridged(DoubleWell(v=5.0), asked, say=said.append)
     assert found.guided and found.trial.near < bridging.FEW and "none of 4,000" in said[0]
-    assert not found.free.enough and found.free.of == bridging.HOPELESS
+    assert not found.free.enough and found.free.of == bridge_luck.HOPELESS
     with pytest.warns(UserWarning, match=r"only .* of 200 paths count.*--guided"):
         free = bridged(DoubleWell(v=5.0), Request(**{**vars(asked), "guided": False}))
     assert not free.guided and free.share < bridging.LEAST

@@ -13,8 +13,9 @@ FLOORS = {
     "inference": 4, "training": 5, "pictures": 6, "pipeline": 6, "learn": 6, "certification": 6,
     "catalogue": 6, "sampling": 6, "densities": 6, "judging": 6, "launch": 6, "simulation": 6,
     "charts": 6, "bridges": 6, "bridge_request": 6, "bridging": 6, "bridge_charts": 6,
-    "conditioning": 6, "learned_conditions": 6, "condition_files": 6, "scenes": 6, "verbs": 7,
-    "verbs_bridge": 7, "verbs_condition": 7, "cli": 7, "__main__": 8, "__init__": 9,
+    "bridge_luck": 6, "conditioning": 6, "learned_conditions": 6, "condition_files": 6,
+    "scenes": 6, "verbs": 7, "verbs_bridge": 7, "verbs_condition": 7, "cli": 7,
+    "__main__": 8, "__init__": 9,
 }  # fmt: skip
 
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from kakusan import simulation
+from kakusan.bridge_luck import NEAR
 from kakusan.bridge_request import index
-from kakusan.bridging import NEAR, Bridged
+from kakusan.bridging import Bridged
 from kakusan.charts import (
     _SPACES,
     _STYLE,

@@ -5,8 +5,6 @@ seen. Where they do, one tilt is learned for all values that they come to; where
 are drawn towards this one value and learned from by their weights. Then paths are drawn with
 importance weights, and compared with the few of very many free paths that came near by themselves:
 rejection sampling, which needs no tilt, and is exact but for how near "near" is.
-
-*Near* is measured in standard deviations of the free value, by the worst of the numbers seen.
 """
 
 from __future__ import annotations
@@ -20,12 +18,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path as File
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kakusan.bridge_luck import Free, Trial, rejected, tried
 from kakusan.bridge_request import ITERATIONS, Posed, pose
 from kakusan.bridge_request import Request as Request
 from kakusan.bridges import Bridge, learn_bridge
@@ -37,49 +36,10 @@ from kakusan.inference.weights import LogMean, log_mean_exp
 from kakusan.processes.observations import Event
 from kakusan.processes.sde import SDE
 from kakusan.training import files
-from kakusan.training.progress import progress
 from kakusan.training.regress import Stopped
 
-NEAR = 0.25  # standard deviations
-TRIAL, FEW = 4_000, 20  # free paths that are tried, and how many must come near
-MANY, ENOUGH, MOST = 100_000, 30, 1_000  # free paths for the comparison; least and most of them
-HOPELESS = 10_000  # of which none comes near
+FEW = 20  # of the free paths that are tried must come near
 LEAST = 0.05  # the effective share below which a warning is due
-
-
-class Trial(NamedTuple):
-    """What free paths do.
-
-    Attributes:
-        near: How many of them come near what is asked for.
-        of: How many there were.
-        scale: The standard deviation of each number seen, (k,); 0 for an event.
-    """
-
-    near: int
-    of: int
-    scale: Tensor
-
-
-class Free(NamedTuple):
-    """Free paths that came near: a rejection sample.
-
-    Attributes:
-        x: Their states, (N + 1, m, *shape), the nearest first.
-        near: How many came so near.
-        within: How near that is, in standard deviations.
-        of: How many free paths there were.
-    """
-
-    x: Tensor
-    near: int
-    within: float
-    of: int
-
-    @property
-    def enough(self) -> bool:
-        """Whether they say anything."""
-        return self.x.shape[1] >= ENOUGH
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,13 +89,8 @@ class Bridged:
 
     @property
     def free_log_density(self) -> LogMean | None:
-        """Log p(y | start) by the share of free paths that came near; None without enough."""
-        if not self.free.enough or self.request.std:
-            return None
-        near, within, of = self.free[1:]
-        wide = torch.ones(1) if self.request.event else 2 * within * self.trial.scale
-        value = math.log(near / of) - wide.log().sum().item()
-        return LogMean(value, (1 / near - 1 / of) ** 0.5)
+        """The same by the share of free paths that came near; None where that tells nothing."""
+        return None if self.request.std else self.free.log_density(self.trial.scale)
 
     @property
     def missed(self) -> float | None:
@@ -236,51 +191,14 @@ def bridged(
     guided = _decided(request, posed, trial, say)
     bridge, reused = _tilt(title, request, posed, guided, tilt, then, quiet, say)
     paths = _drawn(request, posed, bridge)
-    free = _rejected(posed, trial.scale, quiet)
+    free = rejected(posed, trial.scale, quiet)
     found = Bridged(title, request, posed, bridge, paths, trial, free, guided, reused, tilt,
                     time.monotonic() - began)  # fmt: skip
     _warn(found)
     return found
 
 
-# --- free paths
-
-
-def tried(posed: Posed) -> Trial:
-    """What a few thousand free paths do."""
-    chunk = posed.chunk
-    y = torch.cat([posed.free(chunk, k)[1] for k in range(math.ceil(TRIAL / chunk))])[:TRIAL]
-    scale = y.std(0) if not isinstance(posed.observe, Event) else torch.zeros_like(y[0])
-    return Trial(int((_away(posed, y, scale) <= NEAR).sum()), len(y), scale)
-
-
-def _away(posed: Posed, y: Tensor, scale: Tensor) -> Tensor:
-    """How far values (n, k) are from the one that was seen, in standard deviations."""
-    gap = (y - posed.y).abs()
-    return torch.where(gap == 0, 0.0, gap / scale).amax(1)
-
-
-def _rejected(posed: Posed, scale: Tensor, quiet: bool) -> Free:
-    """The free paths that come near; the nearest `MOST` of them."""
-    chunk, done, count = posed.chunk, 0, 0
-    x, far = posed.starts.new_zeros(len(posed.steps) + 1, 0, *posed.starts.shape[1:]), scale[:0]
-    first = math.ceil(TRIAL / chunk)  # those before were tried
-    with progress("free paths", MANY, quiet=quiet) as advance:
-        while done < MANY and (count or done < HOPELESS):
-            try:
-                path, y = posed.free(chunk, first + done // chunk)
-            except KakusanError as error:
-                warnings.warn(f"no rejection sample beside: {error}", stacklevel=3)
-                return Free(x[:, :0], 0, math.inf, done)
-            away, done = _away(posed, y, scale), done + chunk
-            hit = away <= NEAR
-            count += int(hit.sum())
-            x, far = torch.cat([x, path.x[:, hit]], 1), torch.cat([far, away[hit]])
-            nearest = far.argsort()[:MOST]
-            x, far = x[:, nearest], far[nearest]
-            advance(min(done, MANY), f"{count:,} came near")
-    near = count if isinstance(posed.observe, Event) else len(far)
-    return Free(x, near, far[-1].item() if len(far) else math.inf, done)
+# --- the tilt
 
 
 def _decided(request: Request, posed: Posed, trial: Trial, say: Callable[[str], None]) -> bool:
@@ -300,9 +218,6 @@ def _decided(request: Request, posed: Posed, trial: Trial, say: Callable[[str], 
         elif not request.guided:
             say(f"{few}: little is learned of it (--guided draws paths towards it)")
     return trial.near < FEW if request.guided is None else request.guided
-
-
-# --- the tilt
 
 
 def _tilt(
