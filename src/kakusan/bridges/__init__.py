@@ -142,11 +142,7 @@ def learn_bridge(
     began = time.perf_counter()
     _check_counts(steps=steps, iterations=iterations, batch=batch)
     observe = Terminal() if observe is None else observe
-    if not isinstance(process, SDE | GaussianSteps) or not isinstance(observe, Observation):
-        raise KakusanError(f"a bridge is learned of an SDE and an Observation, as Terminal(); got "
-                           f"{process!r:.60} and {observe!r:.60}")  # fmt: skip
-    if isinstance(process, SDE):
-        process = EulerSteps(process, grid_of(process, observe, steps, grid))
+    process = _chain(process, observe, steps, grid)
     covered = isinstance(weights, Covering) or weights is None and not invertible(process, start)
     usual = COVERED if covered else FREE if ends is None else GUIDED
     paths, times, visits = _chosen(usual, paths=paths, times=times, visits=visits)
@@ -157,15 +153,12 @@ def learn_bridge(
         task, model, first = _prepared(task, weights, net, width, depth)
         average = Average(model, ema)
         shown = _Shown(task, average, first, times, visits, batch)
-        stopped = None
-        try:
-            regress(model, average, iter(shown), _error, iterations, lr, "bridge", quiet)
-        except Stopped as early:
-            stopped, iterations = early, early.steps
+        stopped = _fitted(model, average, shown, iterations, lr, quiet)
         model = average.model
         explained = _trusted(task, model, times)
+    taken = stopped.steps if stopped else iterations
     report = Report(
-        explained, first.ess, repr(task.weights), iterations, (shown.number + 2) * paths,
+        explained, first.ess, repr(task.weights), taken, (shown.number + 2) * paths,
         time.perf_counter() - began,
     )  # fmt: skip
     tilt = task.tilt(model)
@@ -174,6 +167,18 @@ def learn_bridge(
         stopped.learned = bridge
         raise stopped
     return bridge
+
+
+def _chain(
+    process: SDE | GaussianSteps, observe: Observation, steps: int, grid: Tensor | None
+) -> GaussianSteps:  # fmt: skip
+    """The steps of a process."""
+    if not isinstance(process, SDE | GaussianSteps) or not isinstance(observe, Observation):
+        raise KakusanError(f"a bridge is learned of an SDE and an Observation, as Terminal(); got "
+                           f"{process!r:.60} and {observe!r:.60}")  # fmt: skip
+    if isinstance(process, GaussianSteps):
+        return process
+    return EulerSteps(process, grid_of(process, observe, steps, grid))
 
 
 def _check_counts(**counts: int) -> None:
@@ -187,6 +192,18 @@ def _chosen(usual: tuple[int, ...], **asked: int | None) -> tuple[int, ...]:
     counts = {k: u if v is None else v for u, (k, v) in zip(usual, asked.items(), strict=True)}
     _check_counts(**counts)
     return tuple(counts.values())
+
+
+def _fitted(
+    model: BridgeNet, average: Average[BridgeNet], shown: _Shown, iterations: int, lr: float,
+    quiet: bool,
+) -> Stopped | None:  # fmt: skip
+    """Trains; Ctrl-C ends it early, and is not forgotten."""
+    try:
+        regress(model, average, iter(shown), _error, iterations, lr, "bridge", quiet)
+    except Stopped as early:
+        return early
+    return None
 
 
 def _error(model: BridgeNet, pool: Pool) -> Tensor:

@@ -50,10 +50,11 @@ from kakusan.core.types import State, Time, as_time
 from kakusan.inference.conditioning.linear import where_next
 from kakusan.inference.conditioning.reach import Reach, Rows
 from kakusan.inference.conditioning.tilts import Tilt
-from kakusan.inference.conditioning.views import scaled_root
+from kakusan.inference.conditioning.views import between, scaled_root
 from kakusan.processes.observations import Linear, Observation
 from kakusan.processes.sde import SDE
 from kakusan.processes.transforms import ito
+from kakusan.solvers.gaussian import EulerSteps, GaussianSteps
 
 BEND = 2.0  # the error of the mean, in standard deviations, at which half of the pull is left
 DEGREE = 12  # of the powers of J, over a time in which |J| is at most a quarter
@@ -89,9 +90,27 @@ class Linearised(Tilt):
     def __init__(self, sde: SDE, observation: Observation, end: float | None = None) -> None:
         self.sde, self.observation = ito(sde), observation
         self.end = float(self.sde.span[1] if end is None else end)
+        self.grid: Tensor | None = None
         self._seen: tuple[State, Time, Slopes] | None = None
 
+    def along(self, steps: GaussianSteps) -> Linearised:
+        """The tilt of the Euler steps made linear where they start."""
+        if self.grid is steps.grid or not isinstance(steps, EulerSteps):
+            return self
+        twin = self.until(self.end)
+        twin.grid = steps.grid
+        return twin
+
     def score(self, x: State, t: Time, y: Tensor) -> State:  # noqa: D102
+        return self._pulled(x, t, y, 0)
+
+    def control(self, x: State, t: Time, y: Tensor) -> Tensor:  # noqa: D102
+        # noise of a step moves the state behind it: see `views`
+        pulled = self._pulled(x, t, y, 0 if self.grid is None else 1)
+        return self.sde.diffusion(x, t).tmv(pulled)
+
+    def _pulled(self, x: State, t: Time, y: Tensor, later: int) -> State:
+        """The slope of log h so many steps later."""
         self.observation.size(x)  # a Series counts the numbers of its parts
         direction, t = self.sde.direction, as_time(t)
         parts = sorted(self.observation.parts(self.end), key=lambda part: part[0])[::direction]
@@ -100,15 +119,16 @@ class Linearised(Tilt):
         def part(i: int, rows: Tensor | slice) -> Tensor:
             s, seen, of_y = linear[i]
             at = t if isinstance(rows, slice) else t[rows.to(t.device)]
-            return self._towards(seen, x[rows], at, (s - at).abs(), y[rows][:, of_y])
+            return self._towards(seen, x[rows], at, s, y[rows][:, of_y], later)
 
         return where_next([s for s, *_ in linear], t, direction, part, torch.zeros_like(x))
 
-    def _towards(self, seen: Linear, x: State, t: Time, tau: Tensor, y: Tensor) -> State:
+    def _towards(
+        self, seen: Linear, x: State, t: Time, s: float, y: Tensor, later: int
+    ) -> State:  # fmt: skip
         """W Eᵀ Hᵀ (H Q Hᵀ + std²)⁻¹ (y - H m)."""
-        here = self._slopes(x, t)
-        tau = tau.to(x.device).expand(len(x))
-        look, H = here.after(tau), seen.matrix(x).double()
+        here, H = self._slopes(x, t), seen.matrix(x).double()
+        tau, look, rest = self._looks(here, t, s, later)
         m = x.double() + look.moved.mT.view_as(x)
         L, regular = scaled_root(_covariance(seen, H, look.Q))
         trust = self._trust(here, look, x, t, tau)
@@ -117,7 +137,7 @@ class Linearised(Tilt):
             # so much stretched that one direction is all that is left of it: nothing to go by
             trust, L = torch.where(regular, trust, 0.0), torch.where(_beside(regular, L), L, 1.0)
         v = torch.cholesky_solve((y.double() - seen.forward(m)).unsqueeze(-1), L).squeeze(-1)
-        u = times(look.E.transpose(0, 1), (v @ H).mT).mT
+        u = times(rest.E.transpose(0, 1), (v @ H).mT).mT
         u = torch.where(_beside(trust > 0, u), _beside(trust, u) * u, 0.0)
         return u.reshape(x.shape).to(x.dtype)
 
@@ -126,12 +146,26 @@ class Linearised(Tilt):
     ) -> tuple[Reach, Tensor | float]:
         """J = √h H exp(J (τ - h)) G of the next step, beside the covariance after it."""
         h = abs(s - t).item()
-        here, tau = self._slopes(x, t), (end - t).abs().to(x.device).expand(len(x)).double()
-        look, rest, H = here.after(tau), here.after(tau - h), seen.matrix(x).double()
+        here, H = self._slopes(x, t), seen.matrix(x).double()
+        tau, look, rest = self._looks(here, t, end, 1, h)
         G, E = self.sde.diffusion(x, t), rest.E.permute(2, 0, 1)
         columns = [G.tmv(row.to(x).reshape(x.shape)).flatten(1) for row in (H @ E).unbind(1)]
         reach = Rows(h**0.5 * torch.stack(columns, 1), _covariance(seen, H, rest.Q))
         return reach, self._trust(here, look, x, t, tau).unsqueeze(1)
+
+    def _looks(
+        self, here: Slopes, t: Time, s: float, later: int, h: float = 0.0
+    ) -> tuple[Tensor, Look, Look]:
+        """The time from t to s, the law after it, and that without its first steps or time h."""
+        n, device = here.f.shape[1], here.f.device
+        tau = (s - t).abs().double().to(device).expand(n)
+        if self.grid is None:
+            look = here.after(tau)
+            return tau, look, here.after(tau - h) if h else look
+        left = between(self.grid, t.double().cpu(), s).to(device).expand(n)
+        one = tau / left.clamp(min=1)
+        look = here.stepped(one, left)
+        return tau, look, here.stepped(one, (left - later).clamp(min=0)) if later else look
 
     def _slopes(self, x: State, t: Time) -> Slopes:
         """The process at (x, t); a step asks twice."""
@@ -237,6 +271,20 @@ class Slopes(NamedTuple):
         for _ in range(doublings):
             Q = Q + product(product(E, Q), E.transpose(0, 1))
             moved, E = moved + times(E, moved), product(E, E)
+        return Look(E, moved, (Q + Q.transpose(0, 1)) / 2)
+
+    def stepped(self, h: Tensor, n: Tensor) -> Look:
+        """The law after n (B,) Euler steps of the length h (B,), by squaring."""
+        eye = torch.eye(len(self.J), dtype=h.dtype, device=h.device).unsqueeze(-1)
+        e, v, q = eye + self.J * h, self.f * h, self.D * h
+        E, moved, Q = eye.expand_as(e), torch.zeros_like(v), torch.zeros_like(q)
+        while n.any():
+            odd = n % 2 == 1
+            turned = product(product(e, Q), e.transpose(0, 1)) + q
+            E, Q = torch.where(odd, product(e, E), E), torch.where(odd, turned, Q)
+            moved = torch.where(odd, times(e, moved) + v, moved)
+            q, v = product(product(e, q), e.transpose(0, 1)) + q, times(e, v) + v
+            e, n = product(e, e), n // 2
         return Look(E, moved, (Q + Q.transpose(0, 1)) / 2)
 
 

@@ -2,6 +2,8 @@ r"""The tilt that was learned: a closed-form pull, and a network for what it lea
 
 from __future__ import annotations
 
+import copy
+
 from torch import Tensor
 
 from kakusan.core.operators import NotElliptic, Operator
@@ -35,6 +37,12 @@ class BridgeTilt(Tilt):
     ) -> None:
         self.sde, self.base, self.observation, self.steps = base.sde, base, observation, steps
         self.net, self.end, self.trust = net, float(end), float(net.trust)
+
+    def along(self, steps: GaussianSteps) -> BridgeTilt:
+        """The same with the pull of a chain; what was learned stays as it is."""
+        twin = copy.copy(self)
+        twin.base = self.base.along(steps)
+        return twin
 
     def control(self, x: State, t: Time, y: Tensor) -> Tensor:  # noqa: D102
         c = self.base.control(x, t, y)

@@ -42,6 +42,7 @@ from kakusan.processes.sde import SDE
 from kakusan.processes.transforms import ito
 from kakusan.processes.zoo.gaussian import Brownian, CriticallyDamped, OrnsteinUhlenbeck
 from kakusan.processes.zoo.parameters import Given, Value, common_size, parameter, square
+from kakusan.solvers.gaussian import EulerSteps, GaussianSteps
 
 
 class LinearTilt(Tilt):
@@ -88,12 +89,23 @@ class LinearTilt(Tilt):
         self.offset = parameter("offset", offset, dims=1)
         self.sigma = parameter("sigma", sigma, dims=2)
         common_size(slope=self.slope, offset=self.offset, sigma=self.sigma)
+        self.grid: Tensor | None = None
         self._ahead: dict[Any, Ahead] = {}
+        self._chain: LinearTilt | None = None
+
+    def along(self, steps: GaussianSteps) -> LinearTilt:
+        """The tilt of the Euler steps of the linear process, exact for them."""
+        if self.grid is steps.grid or not isinstance(steps, EulerSteps):
+            return self
+        if self._chain is None or self._chain.grid is not steps.grid:
+            self._chain = self.until(self.end)
+            self._chain.grid = steps.grid
+        return self._chain
 
     def until(self, end: float) -> LinearTilt:
         """The same for another end."""
         twin = super().until(end)
-        twin._ahead = {}
+        twin._ahead, twin._chain = {}, None
         return twin
 
     @classmethod
@@ -169,6 +181,12 @@ class LinearTilt(Tilt):
         gained = self._over(x, t, y, lambda law, away: away @ law.gain, x[0].numel())
         return gained.reshape(x.shape).to(x.dtype)
 
+    def control(self, x: State, t: Time, y: Tensor) -> Tensor:  # noqa: D102
+        if self.grid is None:
+            return super().control(x, t, y)
+        pulled = self._over(x, t, y, lambda law, away: away @ law.pull, x[0].numel())
+        return self.sde.diffusion(x, t).tmv(pulled.reshape(x.shape).to(x.dtype))
+
     def log_h(self, x: State, t: Time, y: Tensor) -> Tensor:  # noqa: D102
         return self._over(x, t, y, Law.log_density, 1)[:, 0].to(x.dtype)
 
@@ -225,7 +243,8 @@ class LinearTilt(Tilt):
         B, G = _matrix("slope", self.slope, x), _matrix("sigma", self.sigma, x)
         beta = _vector("offset", self.offset, x)
         # time left runs forwards whatever the clock does
-        return Ahead(direction * B, direction * beta, G @ G.mT, seen[::direction], x.device)
+        seen = seen[::direction]
+        return Ahead(direction * B, direction * beta, G @ G.mT, seen, x.device, self.grid)
 
     def __repr__(self) -> str:
         return f"LinearTilt({type(self.sde).__name__}, {self.observation})"

@@ -210,7 +210,7 @@ def conditioned(
         raise KakusanError(
             "paths are resampled among one start and one value, and these differ: resample=0"
         )
-    run = _Run(steps, tilt, y, noise or Fresh(), end, seen, keep, on_step, x)
+    run = _Run(steps, tilt.along(steps), y, noise or Fresh(), end, seen, keep, on_step, x)
     found, k = end.finishes(steps, x, seen), 0
     while k < len(steps):
         if resample and k:

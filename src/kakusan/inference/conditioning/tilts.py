@@ -24,6 +24,7 @@ from kakusan.inference.conditioning.reach import Reach
 from kakusan.processes.observations import Linear
 from kakusan.processes.sde import SDE
 from kakusan.processes.transforms import ito
+from kakusan.solvers.gaussian import GaussianSteps
 
 
 class Tilt(abc.ABC):
@@ -58,6 +59,10 @@ class Tilt(abc.ABC):
         is at x.
         """
         return None
+
+    def along(self, steps: GaussianSteps) -> Self:
+        """The same for a chain, whose law is not quite that of the process; itself if unknown."""
+        return self
 
     def until(self, end: float) -> Self:
         """The same for another end."""

@@ -4,7 +4,10 @@ As seen from the time of the next observation, all that will be seen is N z + no
 S, with z = (X, 1) then. From a time before it is N E z, with the covariance N Q Nᵀ + S, by the
 kernel (E, Q) between the two. One sweep from the last observation to the first has the views at
 their times, and one kernel the law at any other; as z holds a constant, one exponential gives the
-mean and its offset together.
+mean and its offset together. Along the grid of a chain the kernel is that of its Euler steps.
+
+The best control of a chain is Gᵀ times the slope *after* the step, (N E')ᵀ S⁻¹ (y - N E z): noise
+of a step moves the state behind it. In the limit of small steps the two are one.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kakusan.core.operators import NotElliptic
-from kakusan.processes.zoo.laws import linear_kernel, linear_series
+from kakusan.processes.zoo.laws import linear_kernel, linear_series, linear_steps
 
 KEPT = 1 << 24  # numbers of matrices that are remembered: 128 MiB
 
@@ -59,11 +62,13 @@ class Law(NamedTuple):
     Attributes:
         N: (U, K, d + 1), the mean is N z.
         gain: (U, K, d), S⁻¹ of the part of N that acts on x.
+        pull: (U, K, d), the same with the N after the next step.
         root: (U, K, K), the triangular L with L Lᵀ = S.
     """
 
     N: Tensor
     gain: Tensor
+    pull: Tensor
     root: Tensor
 
     def log_density(self, away: Tensor) -> Tensor:
@@ -83,22 +88,26 @@ class Ahead:
         D: (d, d).
         seen: What is seen, in the order in which it is; `direct` where noise reaches it at once.
         device: Where laws are wanted; they are computed on the CPU.
+        grid: The times of a chain.
     """
 
     def __init__(
-        self, B: Tensor, beta: Tensor, D: Tensor, seen: Sequence[Seen], device: torch.device
-    ) -> None:
-        self.times, self.device = [one.t for one in seen], device
+        self, B: Tensor, beta: Tensor, D: Tensor, seen: Sequence[Seen], device: torch.device,
+        grid: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        self.times, self.device, self.grid = [one.t for one in seen], device, grid
         # z holds a number of the size of the state, or the exponential would count time by beta
         size = B.abs().sum(1).max().item() or 1.0
         self.unit = beta.abs().max().item() / size or 1.0
         pad = torch.nn.functional.pad
-        A = pad(torch.cat([B, beta[:, None] / self.unit], 1), (0, 0, 0, 1))
-        self.series = linear_series(A, pad(D, (0, 1, 0, 1)))
-        view, later, views, columns = View(A[:0], A.new_zeros(0, 0)), seen[-1].t, [], []
+        self.A = pad(torch.cat([B, beta[:, None] / self.unit], 1), (0, 0, 0, 1))
+        self.D = pad(D, (0, 1, 0, 1))
+        self.series = linear_series(self.A, self.D)
+        view, later = View(self.A[:0], B.new_zeros(0, 0)), seen[-1].t
+        views, columns = [], []
         for one in reversed(seen):
-            gap = torch.tensor(abs(later - one.t), dtype=torch.float64)
-            view = view.before(*linear_kernel(self.series, gap)).beside(one.H, one.std)
+            now = torch.tensor(one.t, dtype=torch.float64)
+            view = view.before(*self._kernel(now, later)[:2]).beside(one.H, one.std)
             columns.append(torch.cat([one.columns, *columns[-1:]]))
             views.append(view)
             later = one.t
@@ -119,9 +128,20 @@ class Ahead:
             self._laws[i, times] = law
         return self._laws[i, times]
 
+    def _kernel(self, t: Tensor, s: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Factor and covariance from the times t to s, and the factor without the first step."""
+        left = (s - t).abs()
+        if self.grid is None:
+            E, Q = linear_kernel(self.series, left)
+            return E, Q, E
+        n = between(self.grid, t, s)
+        h = left / n.clamp(min=1)
+        after, _ = linear_steps(self.A, self.D, h, (n - 1).clamp(min=0))
+        return *linear_steps(self.A, self.D, h, n), after
+
     def _law(self, i: int, times: tuple[float, ...]) -> Law:
-        left = (self.times[i] - torch.tensor(times, dtype=torch.float64)).abs()
-        N, S = self.views[i].before(*linear_kernel(self.series, left))
+        E, Q, after = self._kernel(torch.tensor(times, dtype=torch.float64), self.times[i])
+        N, S = self.views[i].before(E, Q)
         L, regular = scaled_root(S)
         if not regular.all():
             at = times[int(regular.int().argmin())]
@@ -130,7 +150,16 @@ class Ahead:
                 f"seen after t={at:g} (their covariance is singular): observe less, or with a "
                 "noise std > 0, or make the process linear at another state"
             )
-        return Law(N, torch.cholesky_solve(N[..., :-1], L), L)
+        gain, pull = (torch.cholesky_solve(M[..., :-1], L) for M in (N, self.views[i].N @ after))
+        return Law(N, gain, pull, L)
+
+
+def between(grid: Tensor, t: Tensor, s: float) -> Tensor:
+    """How many times of a grid lie after t, () or (U,), and not after s."""
+    gap = grid - t.unsqueeze(-1)
+    near = 1e-9 * grid.diff().abs().min()
+    ahead = (gap.abs() > near) & ((gap * (s - t).sign().unsqueeze(-1)) > 0)
+    return (ahead & ((grid - s) * (s - t).sign().unsqueeze(-1) <= near)).sum(-1)
 
 
 def scaled_root(S: Tensor) -> tuple[Tensor, Tensor]:

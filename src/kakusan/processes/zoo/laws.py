@@ -147,6 +147,28 @@ def linear_kernel(series: LinearSeries, h: Tensor) -> tuple[Tensor, Tensor]:
     return E, (Q + Q.mT) / 2
 
 
+def linear_steps(A: Tensor, D: Tensor, h: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Factor (I + h A)^n and covariance of n Euler steps of dx = A x dt + G dw with D = GGᵀ.
+
+    .. math:: Q = \sum_{j < n} (I + h A)^j \, h D \, (I + h A)^{j \top}
+
+    by squaring, in as many products as n has binary digits.
+
+    Arguments:
+        A: (d, d).
+        D: (d, d).
+        h: Their length, () or (B,).
+        n: Whole numbers, () or (B,).
+    """
+    e, q = torch.eye(len(A)).to(A) + h[..., None, None] * A, h[..., None, None] * D
+    E, Q = torch.eye(len(A)).to(A).expand_as(e), torch.zeros_like(q)
+    while n.any():
+        odd = (n % 2 == 1)[..., None, None]
+        E, Q = torch.where(odd, e @ E, E), torch.where(odd, e @ Q @ e.mT + q, Q)
+        e, q, n = e @ e, e @ q @ e.mT + q, n // 2
+    return E, (Q + Q.mT) / 2
+
+
 def lyapunov(A: Tensor, D: Tensor) -> Tensor:
     """The solution S of A S + S Aᵀ + D = 0, for a stable A."""
     eye = torch.eye(len(A), dtype=A.dtype, device=A.device)
