@@ -154,14 +154,13 @@ def learn_bridge(
         average = Average(model, ema)
         shown = _Shown(task, average, first, times, visits, batch)
         stopped = _fitted(model, average, shown, iterations, lr, quiet)
-        model = average.model
-        explained = _trusted(task, model, times)
+        explained = _trusted(task, average.model, times)
     taken = stopped.steps if stopped else iterations
     report = Report(
         explained, first.ess, repr(task.weights), taken, (shown.number + 2) * paths,
         time.perf_counter() - began,
     )  # fmt: skip
-    tilt = task.tilt(model)
+    tilt = task.tilt(average.model)
     bridge = Bridge(tilt, process, first.values(), ends is not None, horizons, report)
     if stopped is not None:
         stopped.learned = bridge
