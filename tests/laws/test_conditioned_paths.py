@@ -316,6 +316,23 @@ def test_steps_of_a_linear_process_leave_nothing_to_the_weights(how, arrow):
         assert one.along(steps) is one
 
 
+@pytest.mark.parametrize("how", [LinearTilt.exact, Linearised], ids=["linear", "linearised"])
+def test_nor_where_noise_is_direct(how):
+    sde = OrnsteinUhlenbeck(rate=torch.tensor([[1.0, 0.5], [-0.8, 1.5]]), sigma=[0.6, 0.9])
+    steps, x0 = EulerSteps(sde, grids.uniform(0.0, 1.0, 10)), row(1.0, -0.5)
+    law, x, sum_ = Law(steps, x0), x0.repeat(50, 1), row(1.0, 1.0)
+    for seen, H, y in (
+        (Terminal(), torch.eye(2, dtype=F64), row(0.6, -0.2)),
+        (Measured(sum_), sum_, row(0.4)),
+        (Measured(sum_, std=0.2), sum_, row(0.4)),
+    ):
+        paths = conditioned(
+            steps, x, how(sde, seen), seen, y, noise=Fresh(0), end=ModifiedBridge()
+        )
+        log_p = law.given(law.seen((10, H)), y[0], seen.std)[0]
+        assert (paths.log_weights - log_p).abs().max() < 1e-9, seen
+
+
 def test_the_root_of_what_is_left_of_the_noise():
     """√(I - share Jᵀ S⁻¹ J) squared, and its determinant, for all kinds of reach."""
     A = torch.randn(6, 2, 3, dtype=F64, generator=generator(0))

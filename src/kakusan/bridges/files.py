@@ -217,7 +217,7 @@ def _base_words(base: Tilt, tensors: Tensors) -> dict[str, Any]:
     if type(base) is LinearTilt:
         for name in ("slope", "offset", "sigma"):
             tensors[f"base.{name}"] = torch.as_tensor(getattr(base, name), dtype=torch.float64)
-        return {"kind": "LinearTilt", "end": base.end}
+        return {"kind": "LinearTilt", "end": base.end, "own": base.own}
     raise KakusanError(
         f"the base of this bridge is a {type(base).__name__}, which a file cannot build again: "
         f"{', '.join(PULLS)}, LinearTilt and Untilted it can"
@@ -231,7 +231,9 @@ def _base(words: dict[str, Any], tensors: Tensors, sde: SDE, observe: Observatio
         return PULLS[words["kind"]](sde, observe, words["end"])
     parts = (tensors[f"base.{name}"] for name in ("slope", "offset", "sigma"))
     given = (v if v.ndim else v.item() for v in parts)
-    return LinearTilt(sde, observe, *given, end=words["end"])
+    linear = LinearTilt(sde, observe, *given, end=words["end"])
+    linear.own = words.get("own", False)
+    return linear
 
 
 # --- what is seen

@@ -89,6 +89,7 @@ class LinearTilt(Tilt):
         self.offset = parameter("offset", offset, dims=1)
         self.sigma = parameter("sigma", sigma, dims=2)
         common_size(slope=self.slope, offset=self.offset, sigma=self.sigma)
+        self.own = False  # whether the process is the linear one
         self.grid: Tensor | None = None
         self._ahead: dict[Any, Ahead] = {}
         self._chain: LinearTilt | None = None
@@ -135,7 +136,9 @@ class LinearTilt(Tilt):
             offset = A @ torch.as_tensor(m, dtype=A.dtype).to(A).expand(len(A))
         else:
             offset = A * m
-        return cls(sde, observation, -A, offset, sde.sigma, end)
+        one = cls(sde, observation, -A, offset, sde.sigma, end)
+        one.own = True
+        return one
 
     @classmethod
     def around(
@@ -193,11 +196,12 @@ class LinearTilt(Tilt):
     def foresight(
         self, seen: Linear, x: State, t: Time, s: Time, end: float
     ) -> tuple[Reach, Tensor | float] | None:
-        """Of noise that comes to what is seen by way of the drift: J = √h N G."""
-        ahead = self._of(x)
+        """J = √h N G, where noise comes by way of the drift, or all of the law is the chain's."""
+        ahead, known = self._of(x), self.own and self.grid is not None
         i = min(range(len(ahead.times)), key=lambda i: abs(ahead.times[i] - end))
-        if ahead.direct[i]:
+        if ahead.direct[i] and not known:
             return None
+        x = x[:1] if known else x  # G is the same for all
         law, G = ahead.law(i, (s.item(),)), self.sde.diffusion(x, t)
         rows = law.N[0, :, :-1].to(x).reshape(-1, 1, *x.shape[1:])
         J = torch.stack([G.tmv(row.expand_as(x)).flatten(1) for row in rows], 1)
