@@ -314,6 +314,12 @@ def test_steps_of_a_linear_process_leave_nothing_to_the_weights(how, arrow):
         assert (paths.log_weights - log_p).abs().max() < 1e-9, (seen, arrow)
         one = tilt.along(steps)
         assert one.along(steps) is one
+        # the last step's noise does not reach the position, and that is no reason to refuse
+        free, plain = (
+            conditioned(steps, x, one, seen, y, noise=Fresh(0), end=Free()).missed.mean()
+            for one in (tilt, Untilted(sde))
+        )
+        assert free < 0.7 * plain, (free, plain)
 
 
 @pytest.mark.parametrize("how", [LinearTilt.exact, Linearised], ids=["linear", "linearised"])

@@ -107,7 +107,7 @@ class Ahead:
         views, columns = [], []
         for one in reversed(seen):
             now = torch.tensor(one.t, dtype=torch.float64)
-            view = view.before(*self._kernel(now, later)[:2]).beside(one.H, one.std)
+            view = view.before(*self._kernel(now, later, grid)[:2]).beside(one.H, one.std)
             columns.append(torch.cat([one.columns, *columns[-1:]]))
             views.append(view)
             later = one.t
@@ -120,7 +120,7 @@ class Ahead:
         """The law of the observations from the i-th on, at some times before it."""
         if (i, times) not in self._laws:
             with torch.inference_mode(False), torch.no_grad():
-                law = Law(*(part.to(self.device) for part in self._law(i, times)))
+                law = Law(*(part.to(self.device) for part in self._law(i, times, self.grid)))
             self._numbers += sum(part.numel() for part in law)
             while self._laws and self._numbers > KEPT:
                 oldest = self._laws.pop(next(iter(self._laws)))
@@ -128,21 +128,30 @@ class Ahead:
             self._laws[i, times] = law
         return self._laws[i, times]
 
-    def _kernel(self, t: Tensor, s: float) -> tuple[Tensor, Tensor, Tensor]:
+    def _kernel(
+        self, t: Tensor, s: float, grid: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Factor and covariance from the times t to s, and the factor without the first step."""
         left = (s - t).abs()
-        if self.grid is None:
+        if grid is None:
             E, Q = linear_kernel(self.series, left)
             return E, Q, E
-        n = between(self.grid, t, s)
-        h = left / n.clamp(min=1)
-        after, _ = linear_steps(self.A, self.D, h, (n - 1).clamp(min=0))
-        return *linear_steps(self.A, self.D, h, n), after
+        n = between(grid, t, s).clamp(min=1)
+        after, Q = linear_steps(self.A, self.D, left / n, n - 1)
+        h = (left / n)[..., None, None]
+        one = torch.eye(len(self.A)).to(self.A) + h * self.A
+        return one @ after, one @ Q @ one.mT + h * self.D, after
 
-    def _law(self, i: int, times: tuple[float, ...]) -> Law:
-        E, Q, after = self._kernel(torch.tensor(times, dtype=torch.float64), self.times[i])
+    def _law(self, i: int, times: tuple[float, ...], grid: Tensor | None) -> Law:
+        t = torch.tensor(times, dtype=torch.float64)
+        E, Q, after = self._kernel(t, self.times[i], grid)
         N, S = self.views[i].before(E, Q)
         L, regular = scaled_root(S)
+        after = self.views[i].N @ after[..., :-1]
+        if not regular.all() and grid is not None:
+            # too few steps are left for noise to arrive everywhere: it pulls where it does
+            pull = torch.linalg.pinv(S, rtol=1e-9, hermitian=True) @ after
+            return self._law(i, times, None)._replace(pull=pull)
         if not regular.all():
             at = times[int(regular.int().argmin())]
             raise NotElliptic(
@@ -150,7 +159,7 @@ class Ahead:
                 f"seen after t={at:g} (their covariance is singular): observe less, or with a "
                 "noise std > 0, or make the process linear at another state"
             )
-        gain, pull = (torch.cholesky_solve(M[..., :-1], L) for M in (N, self.views[i].N @ after))
+        gain, pull = (torch.cholesky_solve(M, L) for M in (N[..., :-1], after))
         return Law(N, gain, pull, L)
 
 
