@@ -123,7 +123,7 @@ def load_bridge(
     net = net.eval().requires_grad_(False)
     _check(path, steps, tensors)
     base = _base(header["base"], tensors, steps.sde, observe)  # pyright: ignore
-    tilt = BridgeTilt(base, observe, net.to(device), header["end"], steps)
+    tilt = BridgeTilt(base.along(steps), observe, net.to(device), header["end"], steps)
     return Bridge(
         tilt, steps, tensors["values"], header["guided"], header["horizons"],
         _report(header["report"]),

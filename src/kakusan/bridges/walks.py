@@ -119,7 +119,7 @@ class Task(NamedTuple):
             check_inside(steps, observe, ends, x)
         alone = isinstance(start, Tensor) and (start.ndim == 1 or len(start) == 1)
         group = paths if alone and (ends is None or len(ends) == 1) else min(GROUP, paths)
-        base = base or _base(steps, observe, starts, seed)
+        base = (base or _base(steps, observe, starts, seed)).along(steps)
         return Task(steps, starts, observe, ends, horizons, paths, group, base, Window(), seed)
 
     def walk(self, number: int, tilt: Tilt) -> Walk:
@@ -256,7 +256,7 @@ def pools_of(task: Task, walk: Walk, at: list[int], tilt: Tilt | None) -> list[P
     for k, weight in _weights(task, walk, at, tilt):
         x, t = path.x[k], path.t[k]
         left = task.observe.left(t, end)
-        root, c = left.sqrt().to(x.device), base.control(x, t, y)
+        root, c = left.sqrt().to(x.device), base.pulls(x, t, y)[0]
         goal = per_sample(root, c) * (steps.operator(x, k).tmv(weight) - c)
         row = (x, per_sample(root, c) * c, told, t.expand(len(x)), left.expand(len(x)), goal,
                walk.weight)  # fmt: skip

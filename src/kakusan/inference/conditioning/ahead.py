@@ -104,6 +104,10 @@ class Linearised(Tilt):
     def score(self, x: State, t: Time, y: Tensor) -> State:  # noqa: D102
         return self._pulled(x, t, y, 0)
 
+    def pulls(self, x: State, t: Time, y: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+        c = self.sde.diffusion(x, t).tmv(self.score(x, t, y))
+        return c, c if self.grid is None else self.control(x, t, y)
+
     def control(self, x: State, t: Time, y: Tensor) -> Tensor:  # noqa: D102
         # noise of a step moves the state behind it: see `views`
         pulled = self._pulled(x, t, y, 0 if self.grid is None else 1)

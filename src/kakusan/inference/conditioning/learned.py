@@ -17,7 +17,7 @@ from kakusan.solvers.gaussian import EulerSteps, GaussianSteps
 
 
 class BridgeTilt(Tilt):
-    """c = c_0 + a net / √τ, for the time τ that is left until `end`.
+    """c = c_0 + a net(x, c_0, y, t) / √τ, for the time τ that is left until `end`.
 
     Arguments:
         base: The pull c_0.
@@ -45,22 +45,26 @@ class BridgeTilt(Tilt):
         return twin
 
     def control(self, x: State, t: Time, y: Tensor) -> Tensor:  # noqa: D102
-        c = self.base.control(x, t, y)
+        return self.pulls(x, t, y)[1]
+
+    def pulls(self, x: State, t: Time, y: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
         if not self.trust:
-            return c
+            return self.base.pulls(x, t, y)
+        here, behind = self.base.pulls(x, t, y)
         left = self.observation.left(as_time(t), self.end)
-        root = per_sample(left.sqrt(), c)
-        out = self.net(x, root * c, self.observation.told(y), t, left)
-        return c + self.trust * out.to(c) / root
+        root = per_sample(left.sqrt(), here)
+        out = self.net(x, root * here, self.observation.told(y), t, left)
+        more = self.trust * out.to(here) / root
+        return here + more, behind + more
 
     def score(self, x: State, t: Time, y: Tensor) -> State:
-        """∇log h = G⁻ᵀ c, like x.
+        """∇log h = G⁻ᵀ c at x, like x.
 
         Raises:
             NotElliptic: If G has no inverse: the control Gᵀ∇log h is all that is known then.
         """
         try:
-            return self._operator(x, t).tsolve(self.control(x, t, y))
+            return self._operator(x, t).tsolve(self.pulls(x, t, y)[0])
         except NotElliptic as error:
             raise NotElliptic(
                 f"{error}; of a process with such noise the control GᵀS is learned, which is all "

@@ -184,6 +184,10 @@ class LinearTilt(Tilt):
         gained = self._over(x, t, y, lambda law, away: away @ law.gain, x[0].numel())
         return gained.reshape(x.shape).to(x.dtype)
 
+    def pulls(self, x: State, t: Time, y: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+        c = self.sde.diffusion(x, t).tmv(self.score(x, t, y))
+        return c, c if self.grid is None else self.control(x, t, y)
+
     def control(self, x: State, t: Time, y: Tensor) -> Tensor:  # noqa: D102
         if self.grid is None:
             return super().control(x, t, y)

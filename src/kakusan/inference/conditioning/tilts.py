@@ -46,6 +46,11 @@ class Tilt(abc.ABC):
         """Gᵀ ∇log h, with the shape of the noise."""
         return self.sde.diffusion(x, t).tmv(self.score(x, t, y))
 
+    def pulls(self, x: State, t: Time, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Gᵀ ∇log h at x, and the control: two things along a chain, whose noise acts behind x."""
+        c = self.control(x, t, y)
+        return c, c
+
     def log_h(self, x: State, t: Time, y: Tensor) -> Tensor:
         """Log h(x, t; y), (B,), where the tilt knows it."""
         raise KakusanError(f"{type(self).__name__} knows the slope of log h, not its value")
