@@ -16,10 +16,7 @@ from kakusan.core.operators import NotElliptic, Operator
 from kakusan.core.types import State, per_sample
 from kakusan.errors import KakusanError
 from kakusan.inference.conditioning.ahead import Linearised
-from kakusan.inference.conditioning.finish import (
-    ModifiedBridge,
-    placed,
-)
+from kakusan.inference.conditioning.finish import ModifiedBridge, placed
 from kakusan.inference.conditioning.learned import BridgeTilt
 from kakusan.inference.conditioning.linear import LinearTilt
 from kakusan.inference.conditioning.paths import conditioned

@@ -49,19 +49,18 @@ from kakusan.core.operators import NotElliptic
 from kakusan.core.types import State, Time, as_time
 from kakusan.inference.conditioning.linear import where_next
 from kakusan.inference.conditioning.reach import Reach, Rows
-from kakusan.inference.conditioning.tilts import Tilt
+from kakusan.inference.conditioning.tilts import LinearLaw
 from kakusan.inference.conditioning.views import between, scaled_root
 from kakusan.processes.observations import Linear, Observation
 from kakusan.processes.sde import SDE
 from kakusan.processes.transforms import ito
-from kakusan.solvers.gaussian import EulerSteps, GaussianSteps
 
 BEND = 2.0  # the error of the mean, in standard deviations, at which half of the pull is left
 DEGREE = 12  # of the powers of J, over a time in which |J| is at most a quarter
 DOUBLINGS = 24  # at most: rounding doubles with each
 
 
-class Linearised(Tilt):
+class Linearised(LinearLaw):
     """The tilt of the process made linear at (x, t), for each row its own.
 
     Of a `Series` the next linear observation pulls. Observations that are not linear (`Event`,
@@ -90,31 +89,25 @@ class Linearised(Tilt):
     def __init__(self, sde: SDE, observation: Observation, end: float | None = None) -> None:
         self.sde, self.observation = ito(sde), observation
         self.end = float(self.sde.span[1] if end is None else end)
-        self.grid: Tensor | None = None
         self._seen: tuple[State, Time, Slopes] | None = None
+        self._looked: tuple[Slopes, float, Looks] | None = None
 
-    def along(self, steps: GaussianSteps) -> Linearised:
-        """The tilt of the Euler steps made linear where they start."""
-        if self.grid is steps.grid or not isinstance(steps, EulerSteps):
-            return self
-        twin = self.until(self.end)
-        twin.grid = steps.grid
+    def until(self, end: float) -> Linearised:
+        """The same for another end."""
+        twin = super().until(end)
+        twin._looked = None  # a twin may go along another grid
         return twin
 
     def score(self, x: State, t: Time, y: Tensor) -> State:  # noqa: D102
-        return self._pulled(x, t, y, 0)
-
-    def pulls(self, x: State, t: Time, y: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
-        c = self.sde.diffusion(x, t).tmv(self.score(x, t, y))
-        return c, c if self.grid is None else self.control(x, t, y)
+        return self._pulled(x, t, y, behind=False)
 
     def control(self, x: State, t: Time, y: Tensor) -> Tensor:  # noqa: D102
         # noise of a step moves the state behind it: see `views`
-        pulled = self._pulled(x, t, y, 0 if self.grid is None else 1)
+        pulled = self._pulled(x, t, y, behind=self.grid is not None)
         return self.sde.diffusion(x, t).tmv(pulled)
 
-    def _pulled(self, x: State, t: Time, y: Tensor, later: int) -> State:
-        """The slope of log h so many steps later."""
+    def _pulled(self, x: State, t: Time, y: Tensor, behind: bool) -> State:
+        """The slope of log h at x, or behind the next step."""
         self.observation.size(x)  # a Series counts the numbers of its parts
         direction, t = self.sde.direction, as_time(t)
         parts = sorted(self.observation.parts(self.end), key=lambda part: part[0])[::direction]
@@ -123,16 +116,16 @@ class Linearised(Tilt):
         def part(i: int, rows: Tensor | slice) -> Tensor:
             s, seen, of_y = linear[i]
             at = t if isinstance(rows, slice) else t[rows.to(t.device)]
-            return self._towards(seen, x[rows], at, s, y[rows][:, of_y], later)
+            return self._towards(seen, x[rows], at, s, y[rows][:, of_y], behind)
 
         return where_next([s for s, *_ in linear], t, direction, part, torch.zeros_like(x))
 
     def _towards(
-        self, seen: Linear, x: State, t: Time, s: float, y: Tensor, later: int
+        self, seen: Linear, x: State, t: Time, s: float, y: Tensor, behind: bool
     ) -> State:  # fmt: skip
         """W Eᵀ Hᵀ (H Q Hᵀ + std²)⁻¹ (y - H m)."""
         here, H = self._slopes(x, t), seen.matrix(x).double()
-        tau, look, rest = self._looks(here, t, s, later)
+        tau, look, rest = self._looks(here, t, s)
         m = x.double() + look.moved.mT.view_as(x)
         L, regular = scaled_root(_covariance(seen, H, look.Q))
         trust = self._trust(here, look, x, t, tau)
@@ -141,7 +134,7 @@ class Linearised(Tilt):
             # so much stretched that one direction is all that is left of it: nothing to go by
             trust, L = torch.where(regular, trust, 0.0), torch.where(_beside(regular, L), L, 1.0)
         v = torch.cholesky_solve((y.double() - seen.forward(m)).unsqueeze(-1), L).squeeze(-1)
-        u = times(rest.E.transpose(0, 1), (v @ H).mT).mT
+        u = times((rest if behind else look).E.transpose(0, 1), (v @ H).mT).mT
         u = torch.where(_beside(trust > 0, u), _beside(trust, u) * u, 0.0)
         return u.reshape(x.shape).to(x.dtype)
 
@@ -151,25 +144,26 @@ class Linearised(Tilt):
         """J = √h H exp(J (τ - h)) G of the next step, beside the covariance after it."""
         h = abs(s - t).item()
         here, H = self._slopes(x, t), seen.matrix(x).double()
-        tau, look, rest = self._looks(here, t, end, 1, h)
+        tau, look, rest = self._looks(here, t, end, h)
         G, E = self.sde.diffusion(x, t), rest.E.permute(2, 0, 1)
         columns = [G.tmv(row.to(x).reshape(x.shape)).flatten(1) for row in (H @ E).unbind(1)]
         reach = Rows(h**0.5 * torch.stack(columns, 1), _covariance(seen, H, rest.Q))
         return reach, self._trust(here, look, x, t, tau).unsqueeze(1)
 
-    def _looks(
-        self, here: Slopes, t: Time, s: float, later: int, h: float = 0.0
-    ) -> tuple[Tensor, Look, Look]:
-        """The time from t to s, the law after it, and that without its first steps or time h."""
+    def _looks(self, here: Slopes, t: Time, s: float, h: float = 0.0) -> Looks:
+        """The laws from t to s, and without the next step: of a process, without the time h."""
         n, device = here.f.shape[1], here.f.device
         tau = (s - t).abs().double().to(device).expand(n)
         if self.grid is None:
             look = here.after(tau)
-            return tau, look, here.after(tau - h) if h else look
-        left = between(self.grid, t.double().cpu(), s).to(device).expand(n)
-        one = tau / left.clamp(min=1)
-        look = here.stepped(one, left)
-        return tau, look, here.stepped(one, (left - later).clamp(min=0)) if later else look
+            return Looks(tau, look, here.after(tau - h) if h else look)
+        # a step asks for its pull and for what is left of its noise
+        if self._looked is None or self._looked[0] is not here or self._looked[1] != s:
+            left = between(self.grid, t.double().cpu(), s).to(device).expand(n).clamp(min=1)
+            one = tau / left
+            rest = here.stepped(one, left - 1)
+            self._looked = here, s, Looks(tau, here.stepped(one, left), rest)
+        return self._looked[2]
 
     def _slopes(self, x: State, t: Time) -> Slopes:
         """The process at (x, t); a step asks twice."""
@@ -227,6 +221,14 @@ class Look(NamedTuple):
     E: Tensor
     moved: Tensor
     Q: Tensor
+
+
+class Looks(NamedTuple):
+    """The time that is left, (B,), the law after all of it, and without the next step."""
+
+    tau: Tensor
+    look: Look
+    rest: Look
 
 
 class Slopes(NamedTuple):

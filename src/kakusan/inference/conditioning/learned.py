@@ -45,7 +45,7 @@ class BridgeTilt(Tilt):
         return twin
 
     def control(self, x: State, t: Time, y: Tensor) -> Tensor:  # noqa: D102
-        return self.pulls(x, t, y)[1]
+        return self.pulls(x, t, y)[1] if self.trust else self.base.control(x, t, y)
 
     def pulls(self, x: State, t: Time, y: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
         if not self.trust:

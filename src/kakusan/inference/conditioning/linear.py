@@ -35,17 +35,16 @@ from torch import Tensor
 from kakusan.core.types import State, Time, as_time
 from kakusan.errors import KakusanError
 from kakusan.inference.conditioning.reach import Reach, Rows
-from kakusan.inference.conditioning.tilts import Tilt
+from kakusan.inference.conditioning.tilts import LinearLaw
 from kakusan.inference.conditioning.views import Ahead, Law, Seen
 from kakusan.processes.observations import Linear, Observation
 from kakusan.processes.sde import SDE
 from kakusan.processes.transforms import ito
 from kakusan.processes.zoo.gaussian import Brownian, CriticallyDamped, OrnsteinUhlenbeck
 from kakusan.processes.zoo.parameters import Given, Value, common_size, parameter, square
-from kakusan.solvers.gaussian import EulerSteps, GaussianSteps
 
 
-class LinearTilt(Tilt):
+class LinearTilt(LinearLaw):
     r"""The tilt of dX = (slope X + offset) dt + sigma dW towards what was seen, for any process.
 
     Arguments:
@@ -90,23 +89,12 @@ class LinearTilt(Tilt):
         self.sigma = parameter("sigma", sigma, dims=2)
         common_size(slope=self.slope, offset=self.offset, sigma=self.sigma)
         self.own = False  # whether the process is the linear one
-        self.grid: Tensor | None = None
         self._ahead: dict[Any, Ahead] = {}
-        self._chain: LinearTilt | None = None
-
-    def along(self, steps: GaussianSteps) -> LinearTilt:
-        """The tilt of the Euler steps of the linear process, exact for them."""
-        if self.grid is steps.grid or not isinstance(steps, EulerSteps):
-            return self
-        if self._chain is None or self._chain.grid is not steps.grid:
-            self._chain = self.until(self.end)
-            self._chain.grid = steps.grid
-        return self._chain
 
     def until(self, end: float) -> LinearTilt:
         """The same for another end."""
         twin = super().until(end)
-        twin._ahead, twin._chain = {}, None
+        twin._ahead = {}
         return twin
 
     @classmethod
@@ -183,10 +171,6 @@ class LinearTilt(Tilt):
     def score(self, x: State, t: Time, y: Tensor) -> State:  # noqa: D102
         gained = self._over(x, t, y, lambda law, away: away @ law.gain, x[0].numel())
         return gained.reshape(x.shape).to(x.dtype)
-
-    def pulls(self, x: State, t: Time, y: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
-        c = self.sde.diffusion(x, t).tmv(self.score(x, t, y))
-        return c, c if self.grid is None else self.control(x, t, y)
 
     def control(self, x: State, t: Time, y: Tensor) -> Tensor:  # noqa: D102
         if self.grid is None:

@@ -24,7 +24,7 @@ from kakusan.inference.conditioning.reach import Reach
 from kakusan.processes.observations import Linear
 from kakusan.processes.sde import SDE
 from kakusan.processes.transforms import ito
-from kakusan.solvers.gaussian import GaussianSteps
+from kakusan.solvers.gaussian import EulerSteps, GaussianSteps
 
 
 class Tilt(abc.ABC):
@@ -94,3 +94,33 @@ class Untilted(Tilt):
 
     def log_h(self, x: State, t: Time, y: Tensor) -> Tensor:  # noqa: D102
         return x.new_zeros(len(x))
+
+
+class LinearLaw(Tilt):
+    """A tilt by the law of a linear process, or of its Euler steps along a grid.
+
+    Attributes:
+        grid: The times of the chain; None for the process.
+    """
+
+    grid: Tensor | None = None
+    _chain: Self | None = None
+
+    def along(self, steps: GaussianSteps) -> Self:
+        """The tilt of the Euler steps of the linear process."""
+        if self.grid is steps.grid or not isinstance(steps, EulerSteps):
+            return self
+        if self._chain is None or self._chain.grid is not steps.grid:
+            self._chain = self.until(self.end)
+            self._chain.grid = steps.grid
+        return self._chain
+
+    def until(self, end: float) -> Self:
+        """The same for another end."""
+        twin = super().until(end)
+        twin._chain = None
+        return twin
+
+    def pulls(self, x: State, t: Time, y: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+        c = self.sde.diffusion(x, t).tmv(self.score(x, t, y))
+        return c, c if self.grid is None else self.control(x, t, y)
